@@ -1,0 +1,143 @@
+"""Measurement: raw seconds of every run, kept by launch and window; every statistic is derived from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Smallest n for a percentile: at 99 % confidence with one over-latency run allowed
+# (MLPerf LoadGen, early_stopping.cc; the MLPerf inference rules, 'early stopping').
+MIN_RUNS = {50: 1, 90: 64, 95: 130, 99: 662}
+UNSTABLE_COV = 0.025  # trtexec warns above 2.5 % (sampleReporting.cpp)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One timed stretch of runs back to back: seconds of each run, and the stretch's own wall-clock seconds."""
+
+    seconds: tuple[float, ...]
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Windows of one row: `launches[l][r]` is round r in process launch l. Times in seconds, `batch` items a run."""
+
+    batch: int
+    launches: tuple[tuple[Window, ...], ...]
+    warmup_s: float = 0.0
+    load_s: float = 0.0
+    peak_rss_bytes: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    precision: str = "fp32"
+    clock: str = "perf_counter"
+    boundary: str = "host in, host out"
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows of all launches."""
+        return tuple(w for launch in self.launches for w in launch)
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """Seconds of every timed run [n_timed]."""
+        return np.concatenate([np.asarray(w.seconds, dtype=np.float64) for w in self.windows])
+
+    @property
+    def n_timed(self) -> int:
+        """How many runs were timed."""
+        return sum(len(w.seconds) for w in self.windows)
+
+    @property
+    def images_per_s(self) -> float:
+        """Items over the wall clock of the windows, never batch over median latency."""
+        return self.batch * self.n_timed / sum(w.wall_s for w in self.windows)
+
+    def percentile_s(self, p: int) -> float | None:
+        """The p-th percentile of the runs in seconds; None when there are too few runs to support it (MIN_RUNS)."""
+        if self.n_timed < MIN_RUNS[p]:
+            return None
+        return float(np.percentile(self.seconds, p, method="higher"))
+
+    @property
+    def cov(self) -> float | None:
+        """Coefficient of variation of the window medians (a fraction); None with fewer than three windows."""
+        medians = np.array([np.median(w.seconds) for w in self.windows])
+        return float(medians.std(ddof=1) / medians.mean()) if len(medians) >= 3 else None
+
+    @property
+    def stable(self) -> bool | None:
+        """Whether `cov` is at most 2.5 %; None when it is not known."""
+        return None if self.cov is None else self.cov <= UNSTABLE_COV
+
+    def rates(self) -> list[list[float]]:
+        """Items per second of each window, by launch and round."""
+        return [[self.batch * len(w.seconds) / w.wall_s for w in launch] for launch in self.launches]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON document with the raw samples that `from_json` reads back."""
+        return {
+            "batch": self.batch,
+            "launches": [[{"seconds": list(w.seconds), "wall_s": w.wall_s} for w in launch] for launch in self.launches],
+            "warmup_s": self.warmup_s,
+            "load_s": self.load_s,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "device": self.device,
+            "threads": self.threads,
+            "precision": self.precision,
+            "clock": self.clock,
+            "boundary": self.boundary,
+            "notes": list(self.notes),
+            "environment": dict(self.environment),
+        }
+
+    @classmethod
+    def from_json(cls, doc: Mapping[str, Any]) -> Measurement:
+        """The measurement that `to_json` wrote."""
+        launches = tuple(tuple(Window(tuple(w["seconds"]), w["wall_s"]) for w in launch) for launch in doc["launches"])
+        rest = {k: v for k, v in doc.items() if k not in ("launches", "notes")}
+        return cls(launches=launches, notes=tuple(doc["notes"]), **rest)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A speed ratio with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def speedup(candidate: Measurement, reference: Measurement, *, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """How many times the reference's throughput the candidate has: the median of the per-round ratios.
+
+    Rounds of the two are paired (they were measured in turns). The interval is a bootstrap over process launches, the
+    unit of replication, then over the rounds within a launch (percentile method, 95 %). Raises ValueError when the two
+    were not measured in the same launches and rounds or at different batches.
+    """
+    if candidate.batch != reference.batch:
+        raise ValueError(f"batch {candidate.batch} against batch {reference.batch}")
+    ours, theirs = candidate.rates(), reference.rates()
+    if [len(x) for x in ours] != [len(x) for x in theirs]:
+        raise ValueError("the two were not measured in the same rounds")
+    ratios = [np.array(a) / np.array(b) for a, b in zip(ours, theirs, strict=True)]
+    return bootstrap_ratio(ratios, resamples=resamples, seed=seed)
+
+
+def bootstrap_ratio(ratios: Sequence[NDArray[np.float64]], *, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """Median of all ratios, with a two-level percentile bootstrap (launches, then rounds within each)."""
+    point = float(np.median(np.concatenate(list(ratios))))
+    rng = np.random.default_rng(seed)
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        chosen = rng.integers(0, len(ratios), len(ratios))
+        draws[i] = np.median(np.concatenate([rng.choice(ratios[c], len(ratios[c])) for c in chosen]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Ratio(point, float(min(low, point)), float(max(high, point)))

@@ -1,0 +1,62 @@
+"""The child's side: reads calls, runs them, answers. Started as `python -m deploykit.worker PARENT_PID`."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import traceback
+
+from deploykit import children
+from deploykit.children import Answer, read_message, write_message
+from deploykit.errors import BackendFailed, DeploykitError, OutOfSpace
+
+
+def _die_with(parent: int) -> None:
+    """Asks Linux to kill this process when its parent dies, so that kill -9 of a run leaves no orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def main() -> None:
+    """Serves calls until the parent closes the pipe. Whatever native code prints to standard output goes to the log."""
+    _die_with(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    calls = sys.stdin.buffer
+
+    def progress(what: str, share: float) -> None:
+        write_message(answers, Answer("progress", (what, share)))
+
+    while True:
+        try:
+            name, args = read_message(calls)
+        except EOFError:
+            return
+        try:
+            module, _, attribute = name.partition(":")
+            function = getattr(importlib.import_module(module), attribute)
+            with children.reporting(progress):
+                answer = Answer("value", function(*args))
+        except DeploykitError as exc:
+            answer = Answer("error", exc)
+        except MemoryError:
+            answer = Answer("error", BackendFailed("out of memory", "use a smaller batch or a machine with more memory"))
+        except OSError as exc:
+            full = exc.errno == 28
+            answer = (
+                Answer("error", OutOfSpace("no space left on the disk", "free some space"))
+                if full
+                else Answer("bug", traceback.format_exc())
+            )
+        except Exception:
+            answer = Answer("bug", traceback.format_exc())
+        write_message(answers, answer)
+
+
+if __name__ == "__main__":
+    main()
