@@ -34,7 +34,7 @@ def load(path: Path) -> onnx.ModelProto:
     if not data:
         raise ModelError(f"{path} is empty", "export the model again")
     try:
-        model = onnx.ModelProto.FromString(data)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as exc:
         raise ModelError(f"{path} is not an ONNX file, or it is truncated", "export the model again, or copy it again") from exc
     if not model.graph.node or not model.opset_import or not model.graph.output:
