@@ -119,15 +119,16 @@ def speedup(candidate: Measurement, reference: Measurement, *, resamples: int = 
     """How many times the reference's throughput the candidate has: the median of the per-round ratios.
 
     Rounds of the two are paired (they were measured in turns). The interval is a bootstrap over process launches, the
-    unit of replication, then over the rounds within a launch (percentile method, 95 %). Raises ValueError when the two
-    were not measured in the same launches and rounds or at different batches.
+    unit of replication, then over the rounds within a launch (percentile method, 95 %). A row that stopped earlier than
+    the other in a launch is paired over the rounds both have. Raises ValueError when the two were not measured in the
+    same launches, or at different batches.
     """
     if candidate.batch != reference.batch:
         raise ValueError(f"batch {candidate.batch} against batch {reference.batch}")
     ours, theirs = candidate.rates(), reference.rates()
-    if [len(x) for x in ours] != [len(x) for x in theirs]:
-        raise ValueError("the two were not measured in the same rounds")
-    ratios = [np.array(a) / np.array(b) for a, b in zip(ours, theirs, strict=True)]
+    if len(ours) != len(theirs):
+        raise ValueError("the two were not measured in the same launches")
+    ratios = [np.array(a[: len(b)]) / np.array(b[: len(a)]) for a, b in zip(ours, theirs, strict=True)]
     return bootstrap_ratio(ratios, resamples=resamples, seed=seed)
 
 
