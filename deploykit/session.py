@@ -102,6 +102,10 @@ class Backend(Protocol):
         """The hardware targets it builds for by default: ('cpu',) or ('sm75', 'sm89')."""
         ...
 
+    def all_targets(self) -> tuple[str, ...]:
+        """Every hardware target it knows how to build for."""
+        ...
+
     def graph(self, precision: str) -> str:
         """The graph it wants for a precision: 'source' | 'fp32' | 'fp16' | 'int8-cpu' | 'int8-tensorrt' | 'int8-dynamic'."""
         ...
