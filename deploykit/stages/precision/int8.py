@@ -1,0 +1,142 @@
+"""INT8 written into the graph from a calibration table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit import graph as graphs
+from deploykit.artifact import Artifact, Json, sha256_of
+from deploykit.errors import InputError, ModelError, UnknownName
+from deploykit.stages.precision import normal_form, plan_cpu, plan_tensorrt
+from deploykit.stages.precision.insert import Inserter, activation_scales
+from deploykit.stages.precision.options import LAYOUTS, Int8Options
+from deploykit.stages.precision.plan import Plan, left_in_bodies
+from deploykit.stages.precision.view import FloatGraph
+
+if TYPE_CHECKING:
+    import onnx
+
+    from deploykit.calibration_table import CalibrationTable
+
+STAGE = "precision"
+_DEFAULT = Int8Options()
+
+
+def to_int8(path: Path, table: CalibrationTable, layout: str, out: Path, options: Int8Options = _DEFAULT) -> Artifact:
+    """The INT8 form of a float model, as Q/DQ nodes; unsaved. Inputs, outputs and the batch axis stay as they are.
+
+    layout 'cpu': uint8 activations with a zero point, int8 weights per channel, int32 biases (ONNX Runtime, OpenVINO);
+    'tensorrt': symmetric int8, biases in float. What cannot be quantized stays in float, with the reason in `facts`.
+    Raises StaleCalibration for the table of another model, ModelError for a model that is quantized already, InputError
+    where nothing could be quantized.
+    """
+    model, facts = quantized(path, table, layout, options)
+    return write(model, out, precision="int8", parent=path, options=_told(table, layout, options), facts=facts)
+
+
+def quantized(
+    path: Path,
+    table: CalibrationTable,
+    layout: str,
+    options: Int8Options,
+    *,
+    opset: int = normal_form.MIN_OPSET,
+    half: bool = False,
+) -> tuple[onnx.ModelProto, dict[str, Json]]:
+    """The model that `to_int8` writes, and its facts. `half`: scales that FP16 holds exactly."""
+    if layout not in LAYOUTS:
+        raise UnknownName("layout", layout, LAYOUTS)
+    graph, digest = normal_form.load(path, opset)
+    table.require_match(model_sha256=digest)
+    strangers = set(options.keep_float) - {node.name for node in graph.nodes}
+    if strangers:
+        raise UnknownName("node to keep in float", min(strangers), [node.name for node in graph.nodes])
+    planner = plan_tensorrt if layout == "tensorrt" else plan_cpu
+    plan = planner.plan(graph, table.ranges, options.keep_float)
+    if not plan.weighted:
+        reasons = sorted(set(plan.left.values()))
+        raise InputError(
+            f"nothing in {path.name} can be quantized: " + ("; ".join(reasons[:3]) or "it has no Conv, Gemm or MatMul"),
+            "use fp32 or fp16 for this model",
+        )
+    counts = Counter(graph.nodes[i].op_type for i in plan.weighted)
+    facts = _facts(graph, plan, layout, dict(counts))
+    inserter = Inserter(
+        graph, plan, activation_scales(plan, table, layout, half=half), options, integer_bias=layout == "cpu", half=half
+    )
+    inserter.write()
+    facts["dead_channels"] = inserter.dead_channels
+    return graph.model, facts
+
+
+def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -> dict[str, Json]:
+    notes = []
+    if layout == "cpu":
+        notes.append(
+            "uint8 x int8 saturates on CPUs without VNNI (16-bit sums); there, quantize with reduced range (7-bit weights)"
+        )
+    inner = left_in_bodies(graph)
+    if inner:
+        notes.append(f"left in float inside control-flow bodies: {dict(inner)}")
+    shared = len(plan.shared)
+    return {
+        "layout": layout,
+        "quantized_layers": sum(counts.values()),
+        "quantized_by_operator": counts,
+        "quantized_tensors": len(plan.edges),
+        "tensors_that_share_a_scale": shared,
+        "left_in_float": [
+            {"node": graph.nodes[i].name, "operator": graph.nodes[i].op_type, "reason": reason}
+            for i, reason in sorted(plan.left.items())
+        ],
+        "notes": notes,
+    }
+
+
+def _told(table: CalibrationTable, layout: str, options: Int8Options) -> dict[str, Json]:
+    return {
+        **options.to_json(),
+        "layout": layout,
+        "method": table.method,
+        "calibration": table.fingerprint,
+        "calibration_samples": table.n,
+    }
+
+
+def write(
+    model: onnx.ModelProto,
+    out: Path,
+    *,
+    precision: str,
+    parent: Path,
+    options: dict[str, Json],
+    facts: dict[str, Json],
+    packages: tuple[str, ...] = ("onnx",),
+) -> Artifact:
+    """The unsaved Artifact of a model, written to `out` after onnx's full check. Raises ModelError when that fails."""
+    import onnx
+
+    model.producer_name = "deploykit"
+    if model.ByteSize() < graphs.MAX_INLINE_BYTES:
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+            raise ModelError(
+                f"{precision} of {parent.name} is no valid ONNX graph: {exc}", "please report this model; use fp32 meanwhile"
+            ) from exc
+    companions = graphs.save(model, out)
+    return Artifact(
+        path=out,
+        format="onnx",
+        precision=precision,
+        signature=graphs.signature(model),
+        stage=STAGE,
+        parent=sha256_of(parent),
+        options=options,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        facts=facts,
+        companions=dict.fromkeys(companions, ""),
+    )

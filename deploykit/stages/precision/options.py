@@ -1,0 +1,32 @@
+"""What a user can choose about INT8."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from deploykit.artifact import Json
+from deploykit.errors import UnknownName
+
+Layout = Literal["cpu", "tensorrt"]
+LAYOUTS = ("cpu", "tensorrt")
+WEIGHT_SCALES = ("max", "mse")
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """reduce_range: weights in 7 bits, for CPUs without VNNI, whose 16-bit sums of U8S8 products saturate.
+    weight_scales: 'max' of each channel, or the clipping with the least squared error ('mse').
+    keep_float: names of nodes that stay in float."""
+
+    reduce_range: bool = False
+    weight_scales: str = "max"
+    keep_float: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weight_scales not in WEIGHT_SCALES:
+            raise UnknownName("weight scale", self.weight_scales, WEIGHT_SCALES)
+
+    def to_json(self) -> dict[str, Json]:
+        """The options as JSON values."""
+        return {**asdict(self), "keep_float": sorted(self.keep_float)}
