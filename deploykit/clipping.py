@@ -6,6 +6,9 @@ Each method gives two answers, because the two graph layouts differ: the amax of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -126,11 +129,11 @@ def _mse(seen: Observation, _: float) -> tuple[float, float, float]:
     if low < 0.0 < high:
         share = _least(lambda t: error(low * t, high * t, steps), 1.0)
         low, high = low * share, high * share
-    for _round in range(2):
+    for _round in range(2):  # one end, then the other, each with the other end as it is
         if high > 0.0:
-            high = _least(lambda t, low=low: error(np.full_like(t, low), t, steps), max(seen.high, 0.0))  # type: ignore[misc]
+            high = _least(partial(_with_high, error, low), max(seen.high, 0.0))
         if low < 0.0:
-            low = -_least(lambda t, high=high: error(-t, np.full_like(t, high), steps), -min(seen.low, 0.0))  # type: ignore[misc]
+            low = -_least(partial(_with_low, error, high), -min(seen.low, 0.0))
     return low, high, amax
 
 
@@ -146,9 +149,16 @@ def squared_error(values: Floats, weights: Floats, low: Floats, high: Floats, st
     return np.asarray(np.square(level * step - values[None, :]) @ weights / weights.sum())
 
 
-def _least(error: object, most: float) -> float:
+def _with_high(error: Callable[[Floats, Floats, int], Floats], low: float, high: Floats) -> Floats:
+    return error(np.full_like(high, low), high, ASYMMETRIC_LEVELS - 1)
+
+
+def _with_low(error: Callable[[Floats, Floats, int], Floats], high: float, low: Floats) -> Floats:
+    return error(-low, np.full_like(low, high), ASYMMETRIC_LEVELS - 1)
+
+
+def _least(error: Callable[[Floats], Floats], most: float) -> float:
     """The clipping point in (0, most] with the least error: 8 points an octave down to most / 256, then 17 around the best."""
-    assert callable(error)
     coarse = most * 2.0 ** (-np.arange(65) / 8.0)
     best = float(coarse[np.argmin(error(coarse))])
     fine = np.minimum(best * 2.0 ** (np.arange(-8, 9) / 64.0), most)

@@ -14,104 +14,19 @@ if TYPE_CHECKING:
     import onnx
 
 # Operators that a runtime may compute in int8, or that pass int8 on: their inputs and outputs get ranges.
-QUANTIZABLE = frozenset(
-    [
-        "Conv",
-        "ConvTranspose",
-        "Gemm",
-        "MatMul",
-        "Einsum",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Sum",
-        "Min",
-        "Max",
-        "Pow",
-        "Sqrt",
-        "Neg",
-        "Abs",
-        "Concat",
-        "Split",
-        "Slice",
-        "Gather",
-        "Pad",
-        "Where",
-        "MaxPool",
-        "AveragePool",
-        "LpPool",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "ReduceMean",
-        "ReduceSum",
-        "ReduceMax",
-        "ReduceMin",
-        "Resize",
-        "Upsample",
-        "GridSample",
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "Clip",
-        "Elu",
-        "Selu",
-        "Celu",
-        "Sigmoid",
-        "Tanh",
-        "HardSigmoid",
-        "HardSwish",
-        "Gelu",
-        "Swish",
-        "Mish",
-        "Erf",
-        "Softplus",
-        "Softmax",
-        "LogSoftmax",
-        "BatchNormalization",
-        "InstanceNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-        "LpNormalization",
-        "LRN",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "Expand",
-        "Tile",
-        "Attention",
-    ]
-)
+_QUANTIZABLE = """Conv ConvTranspose Gemm MatMul Einsum Add Sub Mul Div Sum Min Max Pow Sqrt Neg Abs Concat Split Slice Gather
+    Pad Where MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool ReduceMean ReduceSum ReduceMax ReduceMin Resize
+    Upsample GridSample Relu LeakyRelu PRelu Clip Elu Selu Celu Sigmoid Tanh HardSigmoid HardSwish Gelu Swish Mish Erf Softplus
+    Softmax LogSoftmax BatchNormalization InstanceNormalization LayerNormalization GroupNormalization RMSNormalization
+    LpNormalization LRN LSTM GRU RNN Expand Tile Attention"""
 # Operators whose output holds just the values of their first input.
-MOVING = frozenset(
-    ["Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"]
-)
-_INTEGER = frozenset(
-    [
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "QLinearConv",
-        "QLinearMatMul",
-        "QLinearAdd",
-        "QLinearMul",
-        "QLinearConcat",
-        "QLinearGlobalAveragePool",
-        "QLinearAveragePool",
-        "QLinearSigmoid",
-        "QLinearLeakyRelu",
-        "QLinearSoftmax",
-        "QGemm",
-        "QAttention",
-        "ConvInteger",
-        "MatMulInteger",
-        "MatMulNBits",
-        "DynamicQuantizeMatMul",
-        "DynamicQuantizeLSTM",
-        "MatMulIntegerToFloat",
-    ]
-)
+_MOVING = "Reshape Flatten Transpose Squeeze Unsqueeze Identity Dropout DepthToSpace SpaceToDepth"
+_INTEGER = """QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul QLinearAdd QLinearMul
+    QLinearConcat QLinearGlobalAveragePool QLinearAveragePool QLinearSigmoid QLinearLeakyRelu QLinearSoftmax QGemm
+    QAttention ConvInteger MatMulInteger MatMulNBits DynamicQuantizeMatMul DynamicQuantizeLSTM MatMulIntegerToFloat"""
+QUANTIZABLE = frozenset(_QUANTIZABLE.split())
+MOVING = frozenset(_MOVING.split())
+INTEGER = frozenset(_INTEGER.split())
 
 
 @dataclass(frozen=True)
@@ -122,10 +37,15 @@ class Derived:
     low: float = -math.inf
     high: float = math.inf
 
+    @property
+    def clips(self) -> bool:
+        """Whether the bounds are any."""
+        return (self.low, self.high) != (-math.inf, math.inf)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """wanted: every tensor to be given a range and where it comes from (itself, clipped to nothing, or a Derived);
+    """wanted: every tensor to be given a range and what it follows from (itself, where it is observed);
     roots: the tensors to observe, in graph order; masked: whether the graph stores an infinite constant."""
 
     wanted: Mapping[str, Derived]
@@ -136,7 +56,7 @@ class Plan:
 def require_float(model: onnx.ModelProto, path: Path) -> None:
     """Raises ModelError for a graph that already holds integer operators."""
     for node in _all_nodes(model.graph):
-        if node.op_type in _INTEGER:
+        if node.op_type in INTEGER:
             raise ModelError(
                 f"{path.name} is already quantized: it holds {node.op_type} ('{node.name or node.output[0]}')",
                 "calibrate the float model that it was made from",
