@@ -1,0 +1,207 @@
+"""TensorRT-RTX: engines built ahead of time for a GPU generation, on any machine; they run on an NVIDIA GPU only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from deploykit import children
+from deploykit.artifact import Artifact, Json, write_atomically
+from deploykit.children import has_module
+from deploykit.errors import BackendFailed, MissingBackend, UnknownName
+from deploykit.session import BuildRequest, Missing, OpenRequest, Session
+from deploykit.signature import Signature
+from deploykit.trt import builder, gpu, layers, plan, plan_header, profiles
+
+_GRAPHS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt", "mixed": "int8-tensorrt"}
+ENGINE_NAME = "model.engine"
+_VERIFY_UP_TO_S = 5.0  # a rebuild is compared byte by byte where it costs no more than this
+
+
+class TensorRtRtx:
+    """The backend 'tensorrt-rtx' of `pip install 'deploykit[rtx]'`."""
+
+    name = "tensorrt-rtx"
+    extra = "rtx"
+
+    def missing(self) -> Missing | None:
+        """Why no engine can be built here; building needs the package and no GPU."""
+        if not has_module("tensorrt_rtx"):
+            return Missing("the package tensorrt-rtx is not installed", "pip install 'deploykit[rtx]'")
+        return None
+
+    def cannot_run(self) -> Missing | None:
+        """Why an engine cannot run here: no GPU, or nothing to reach it with."""
+        if not gpu.found():
+            return Missing(
+                "no NVIDIA GPU with a CUDA driver was found here",
+                "needs an NVIDIA GPU with compute capability 7.5 or later (T4, RTX 20 and newer): copy the engine and its "
+                "manifest there and run `deploykit bench` on it",
+            )
+        if not (has_module("cuda") or has_module("pycuda")):
+            return Missing("neither cuda-python nor pycuda is installed", "pip install cuda-python")
+        return self.missing()
+
+    def versions(self) -> dict[str, str]:
+        """The version of tensorrt-rtx, without importing it."""
+        try:
+            return {"tensorrt-rtx": metadata.version("tensorrt_rtx")}
+        except metadata.PackageNotFoundError:
+            return {}
+
+    def precisions(self) -> tuple[str, ...]:
+        """FP16 and INT8: FP32 is no reason to choose TensorRT."""
+        return ("fp16", "int8")
+
+    def targets(self) -> tuple[str, ...]:
+        """A T4 and an L4 (or RTX 40)."""
+        return ("sm75", "sm89")
+
+    def unsupported(self, precision: str, target: str) -> Missing | None:
+        """Why a precision cannot be had on a target, from what the builder does there (seen with 1.7.1)."""
+        if target not in plan_header.TARGETS:
+            return Missing(f"TensorRT-RTX builds no engine for '{target}'", f"choose from: {', '.join(plan_header.TARGETS)}")
+        if precision not in _GRAPHS:
+            return Missing(f"TensorRT-RTX has no {precision} path", f"choose from: {', '.join(_GRAPHS)}")
+        if target == "sm75" and precision in ("int8", "mixed"):
+            return Missing(plan.RTX_TURING_INT8, "use --fp16 for a T4, or --backend tensorrt on the T4 itself")
+        if target == "sm75" and precision == "fp32":
+            return Missing(plan.RTX_TURING_FP32, "use --fp16")
+        return None
+
+    def graph(self, precision: str) -> str:
+        """The prepared graph: precision stands in it, since TensorRT-RTX has no precision flags."""
+        if precision not in _GRAPHS:
+            raise UnknownName("precision of tensorrt-rtx", precision, _GRAPHS)
+        return _GRAPHS[precision]
+
+    def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
+        """An engine for `request.target`, written to `folder/model.engine`, its manifest unsaved. Builds in this process.
+
+        options: 'allow_fallback' (True: a node that asked for INT8 and runs in something else is a warning; False: it is
+        BackendFailed), 'profile_each_batch' (False), 'verify_rebuild' (True: build once more in a new process, where that takes seconds).
+        Raises InputError, ModelError, BackendFailed, MissingBackend.
+        """
+        absent = self.missing()
+        if absent:
+            raise MissingBackend(absent.why, absent.remedy)
+        if request.target not in plan_header.TARGETS:
+            raise UnknownName("TensorRT-RTX target", request.target, plan_header.TARGETS)
+        if request.precision == "fp32" and request.target == "sm75":
+            raise BackendFailed(plan.RTX_TURING_FP32, "use --fp16")
+        import tensorrt_rtx as trt
+
+        options = request.options
+        wanted = profiles.for_batches(
+            artifact.signature, request.batches, request.shapes, each=bool(options.get("profile_each_batch", False))
+        )
+        model = builder.prepared(artifact.path)
+        spec = builder.PlanSpec(profiles=wanted, target=request.target)
+        made = builder.build(trt, model, artifact.path, artifact.signature, spec)
+        asked = layers.asked(model)
+        missed = layers.shortfalls(asked, made.layers)
+        lines = plan.shortfall_lines(missed, layers.requested(asked))
+        if missed and not options.get("allow_fallback", True):
+            raise BackendFailed(
+                f"asked for {request.precision} on {request.target}, but " + "; ".join(lines),
+                "accept it with --allow-fallback, or use --fp16",
+            )
+        if request.precision == "int8" and not any(want.precision == "Int8" for want in asked):
+            raise BackendFailed(
+                "asked for INT8, but no convolution or matrix product of the graph has Q/DQ nodes before it",
+                "quantize it first: `deploykit quantize --mode static --layout tensorrt`",
+            )
+        if request.target == "sm75" and missed:
+            lines.append(plan.RTX_TURING_INT8)
+        again = _rebuild(made, artifact, spec, options)
+        engine = folder / ENGINE_NAME
+        write_atomically(engine, made.data)
+        header = plan_header.read(engine)
+        if header.targets != (request.target,):
+            raise BackendFailed(f"asked for a plan for {request.target}, its header says {', '.join(header.targets)}")
+        return Artifact(
+            path=engine,
+            format=self.name,
+            precision=request.precision,
+            signature=artifact.signature,
+            stage="build",
+            parent=artifact.sha256 or None,
+            options={"target": request.target, "batches": list(request.batches), **options},
+            versions=self.versions(),
+            device=request.target,
+            facts={
+                "target": request.target,
+                "profiles": profiles.to_json(wanted),
+                "requested": layers.requested(asked),
+                "layers": layers.by_kind(made.layers),
+                "fallback": [{"node": m.node, "op": m.op, "actual": m.actual} for m in missed],
+                "warnings": [*lines, *made.warnings],
+                "network_layers": made.network_layers,
+                "plan_layers": len(made.layers),
+                "parse_s": made.parse_s,
+                "build_s": made.build_s,
+                "rebuild": again,
+                "validated_on_gpu": False,
+            },
+        )
+
+    def open(self, engine: Artifact, request: OpenRequest) -> Session:
+        """A session on the GPU that is here. A foreign, cut or mismatched plan is named before a GPU is asked for.
+
+        Raises InputError for such a file, MissingBackend without a GPU of the plan's generation.
+        """
+        header = plan_header.read(engine.path)
+        absent = self.cannot_run()
+        if absent:
+            raise MissingBackend(
+                f"{engine.path.name} (TensorRT-RTX, {', '.join(header.targets)}) cannot run here: {absent.why}", absent.remedy
+            )
+        here = gpu.found()[0]
+        if here.target not in header.targets:
+            raise MissingBackend(
+                f"{engine.path.name} was built for {', '.join(header.targets)}; this machine has {here.name} ({here.target})",
+                f"build it for this GPU: `deploykit build-trt MODEL.onnx --target {here.target}`",
+            )
+        from deploykit.trt import runner
+
+        return runner.open_engine("tensorrt_rtx", engine, request)
+
+
+def _rebuild(made: builder.Plan, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> str:
+    """'identical', 'differs: ...' or 'not checked: ...': whether a new process makes the same bytes.
+
+    Seen with 1.7.1: a static graph gives the same bytes in every new process; with dynamic shapes a handful of builds
+    share a few outcomes that differ in internal names. Within one process those names count up, so the bytes are
+    comparable only where this build was the process's first.
+    """
+    if not options.get("verify_rebuild", True):
+        return "not checked: not asked for"
+    if not made.first_in_process:
+        return "not checked: this process had built before, and layer names count up within a process"
+    if made.build_s > _VERIFY_UP_TO_S:
+        return f"not checked: one build takes {made.build_s:.0f} s"
+    size, sha256, table = children.run("TensorRT-RTX, second build", plan_digest, artifact.path, artifact.signature, spec)
+    if sha256 == hashlib.sha256(made.data).hexdigest():
+        return "identical"
+    bytes_said = f"{len(made.data)} and {size} bytes" if size != len(made.data) else f"both {size} bytes"
+    if table != layers.by_kind(made.layers):
+        return f"differs: {bytes_said}, and the second plan runs other layers: {table}"
+    if spec.profiles:
+        return (
+            f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes the builder numbers its "
+            "internal names in the order that its threads reach them"
+        )
+    return f"differs ({bytes_said}) with the same layers in the same precisions; the builder does not say why"
+
+
+def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tuple[int, str, dict[str, dict[str, int]]]:
+    """Size, sha256 and layers by kind of the plan for a graph; called in a process of its own."""
+    import tensorrt_rtx as trt
+
+    made = builder.build(trt, builder.prepared(path), path, signature, spec)
+    return len(made.data), hashlib.sha256(made.data).hexdigest(), layers.by_kind(made.layers)
+
+
+BACKEND = TensorRtRtx()

@@ -1,0 +1,294 @@
+"""Plan: an engine's bytes and what is known of them, built from an ONNX graph by any generation of TensorRT.
+
+One path for TensorRT 8.6, 10, 11 and TensorRT-RTX: each flag and method is used where the module has it. Native code may
+crash on a graph it does not like, so whoever calls this does it in a child process.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit import graph
+from deploykit.errors import BackendFailed, InputError, ModelError
+from deploykit.signature import Signature
+from deploykit.trt import layers as layer_listing
+from deploykit.trt.log import Heard, recorder
+from deploykit.trt.profiles import Profile
+
+if TYPE_CHECKING:
+    import onnx
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+_EXPLAIN = "`deploykit build-trt --explain` finds the smallest part of the graph that still fails"
+# The parser's codes that say the file itself is wrong, not that the builder lacks something.
+_BAD_FILE = ("MODEL_DESERIALIZE_FAILED", "INVALID_GRAPH")
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What to build: profiles in order, and the GPU generation ('sm75', ...; None = the GPU that is here)."""
+
+    profiles: tuple[Profile, ...] = ()
+    target: str | None = None
+    builder_flags: tuple[str, ...] = ()
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    timing_cache: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialized engine, the layers it runs where the builder lists them, its warnings, and seconds spent.
+
+    first_in_process: whether no other plan was built in this process before; only then are its bytes comparable.
+    """
+
+    data: bytes
+    layers: tuple[layer_listing.Layer, ...]
+    warnings: tuple[str, ...]
+    network_layers: int
+    parse_s: float
+    build_s: float
+    first_in_process: bool
+    timing_cache: bytes | None = None
+
+
+_builds = 0  # in this process
+
+
+def prepared(path: Path) -> onnx.ModelProto:
+    """The graph as the parser gets it: checked, every node named once, and without metadata (torch's exporter writes
+    absolute paths there, and the same model must give the same plan wherever it was exported).
+
+    Raises ModelError for a graph that ONNX's checker refuses, BackendFailed for one known to crash the builder.
+    """
+    import onnx
+
+    model = graph.load(path)
+    _sort_nodes(model)
+    try:
+        onnx.checker.check_model(model if model.ByteSize() < graph.MAX_INLINE_BYTES else str(path))
+    except (onnx.checker.ValidationError, ValueError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        raise ModelError(f"{path.name} is no valid ONNX graph: {reason}", "export it again") from exc
+    graph.strip_metadata(model)
+    taken: set[str] = set()
+    for index, node in enumerate(model.graph.node):
+        name = node.name or f"{node.op_type}_{index}"
+        node.name = name if name not in taken else f"{name}_{index}"
+        taken.add(node.name)
+    _refuse_computed_scales(model)
+    return model
+
+
+def _sort_nodes(model: onnx.ModelProto) -> None:
+    """Puts each node after those it reads from: ONNX asks for it, and ONNX Runtime's own FP16 converter does not keep it."""
+    made = {output: i for i, node in enumerate(model.graph.node) for output in node.output if output}
+    readers: dict[int, list[int]] = {}
+    waits = []
+    for index, node in enumerate(model.graph.node):
+        sources = {made[name] for name in _reads(node) if name in made}
+        waits.append(len(sources))
+        for source in sources:
+            readers.setdefault(source, []).append(index)
+    ready = [i for i, left in enumerate(waits) if left == 0]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for reader in readers.get(index, []):
+            waits[reader] -= 1
+            if waits[reader] == 0:
+                heapq.heappush(ready, reader)
+    if len(order) == len(waits) and order != sorted(order):  # a cycle is left for the checker to name
+        nodes = [model.graph.node[i] for i in order]
+        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+        model.graph.ClearField("node")
+        model.graph.node.extend(copies)
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The names a node reads, those its sub-graphs take from outside among them."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
+            for inner in body.node:
+                names.extend(_reads(inner))
+            names.extend(output.name for output in body.output)
+    return names
+
+
+def _refuse_computed_scales(model: onnx.ModelProto) -> None:
+    """Seen with TensorRT-RTX 1.7.1: a scale that another node computes ends the process with SIGSEGV."""
+    constant = {t.name for t in model.graph.initializer}
+    for node in model.graph.node:  # in topological order, as the checker requires
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 1 and node.input[1] not in constant:
+            raise BackendFailed(
+                f"node '{node.name}' ({node.op_type}): its scale '{node.input[1]}' is computed in the graph; TensorRT takes "
+                "constant scales only (TensorRT-RTX crashes on it)",
+                "quantize with static calibration: `deploykit calibrate`, then `deploykit quantize --mode static`",
+            )
+        if node.op_type == "Constant" or (
+            node.op_type in ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze") and all(i in constant for i in node.input)
+        ):
+            constant.update(node.output)
+
+
+def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, spec: PlanSpec) -> Plan:
+    """The plan for a `prepared` model. `path` is where it came from, for graphs too large to pass in memory.
+
+    Raises ModelError and BackendFailed naming the operator and node where the parser does, InputError for a target or
+    flag that this generation does not have.
+    """
+    global _builds
+    _builds += 1
+    first = _builds == 1
+    logger, heard = recorder(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    start = time.perf_counter()
+    if model.ByteSize() < graph.MAX_INLINE_BYTES:
+        parsed = parser.parse(model.SerializeToString(deterministic=True))
+    else:
+        parsed = parser.parse_from_file(str(path))
+    parse_s = time.perf_counter() - start
+    if not parsed or parser.num_errors:
+        raise _parser_error(trt, parser, heard)
+    _check_network(trt, network, signature)
+    config = _config(trt, builder, network, spec)
+    cache = _timing_cache(config, spec.timing_cache)
+    start = time.perf_counter()
+    memory = builder.build_serialized_network(network, config)
+    build_s = time.perf_counter() - start
+    if memory is None:
+        reason = heard.first_error() or "it gave no reason"
+        raise BackendFailed(f"{trt.__name__} could not build the engine: {reason}", _remedy(reason))
+    found = tuple(layer for text in heard.listing for layer in layer_listing.from_listing(text))
+    saved = bytes(memoryview(cache.serialize())) if cache is not None else None
+    return Plan(bytes(memoryview(memory)), found, heard.notable_warnings(), network.num_layers, parse_s, build_s, first, saved)
+
+
+def network_flags(trt: Any, *, implicit: bool = False) -> int:
+    """The creation flags of this generation: strongly typed where that can be chosen, explicit batch where it must be.
+
+    STRONGLY_TYPED is 1 in TensorRT 10 and 0 in 11 and RTX, so its value is read from the module. Implicit INT8 needs a
+    weakly typed network.
+    """
+    flag = trt.NetworkDefinitionCreationFlag
+    bits = 0
+    if hasattr(flag, "STRONGLY_TYPED") and not implicit:
+        bits |= 1 << int(flag.STRONGLY_TYPED)
+    if hasattr(flag, "EXPLICIT_BATCH"):
+        bits |= 1 << int(flag.EXPLICIT_BATCH)
+    return bits
+
+
+def targets(trt: Any) -> tuple[str, ...]:
+    """The GPU generations this module builds for ahead of time; empty where it builds for the GPU at hand only."""
+    if not hasattr(trt, "ComputeCapability"):
+        return ()
+    return tuple(n.lower() for n in trt.ComputeCapability.__members__ if n.startswith("SM"))
+
+
+def _check_network(trt: Any, network: Any, signature: Signature) -> None:
+    if network.num_layers == 0:
+        raise ModelError("the parser found no layers in the graph", "the model computes nothing; export it again")
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    for tensor in inputs:
+        if tensor.is_shape_tensor:
+            raise BackendFailed(
+                f"input '{tensor.name}' decides shapes inside the graph; a plan would be bound to its values",
+                "export the model with that input as a constant",
+            )
+    pairs = (
+        ("inputs", [t.name for t in inputs], [s.name for s in signature.inputs]),
+        ("outputs", [network.get_output(i).name for i in range(network.num_outputs)], [s.name for s in signature.outputs]),
+    )
+    for what, found, expected in pairs:
+        if sorted(found) != sorted(expected):
+            raise BackendFailed(
+                f"{trt.__name__} sees the {what} {found}, the model has {expected}", "a graph input that nothing reads? remove it"
+            )
+
+
+def _config(trt: Any, builder: Any, network: Any, spec: PlanSpec) -> Any:
+    config = builder.create_builder_config()
+    if hasattr(config, "set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if spec.target is not None:
+        known = targets(trt)
+        if spec.target not in known:
+            raise InputError(
+                f"{trt.__name__} cannot build for '{spec.target}'",
+                f"choose from: {', '.join(known)}" if known else "it builds for the GPU that is here; leave --target out",
+            )
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, spec.target.upper()), 0)
+    for name in spec.builder_flags:
+        if not hasattr(trt.BuilderFlag, name):
+            raise InputError(f"{trt.__name__} {trt.__version__} has no builder flag {name}", "precision is in the graph there")
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    _add_profiles(builder, config, network, spec.profiles)
+    return config
+
+
+def _add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...]) -> None:
+    """Names and order are checked here: `set_shape` takes wrong names, and min > opt, without a word."""
+    names = {network.get_input(i).name for i in range(network.num_inputs)}
+    for wanted in profiles:
+        profile = builder.create_optimization_profile()
+        for name, sizes in wanted.items():
+            if name not in names:
+                raise InputError(f"a profile names '{name}', which is no input", f"the inputs are: {', '.join(sorted(names))}")
+            profile.set_shape(name, sizes.min, sizes.opt, sizes.max)
+        if config.add_optimization_profile(profile) < 0:
+            raise InputError(f"the builder refused the profile {wanted}", "min <= opt <= max must hold on each axis")
+
+
+def _timing_cache(config: Any, data: bytes | None) -> Any | None:
+    """Tactic timings of earlier builds; RTX has the method, but keeps nothing, so it is used where bytes are given."""
+    if data is None or not hasattr(config, "create_timing_cache"):
+        return None
+    cache = config.create_timing_cache(data)
+    config.set_timing_cache(cache, False)
+    return cache
+
+
+def _parser_error(trt: Any, parser: Any, heard: Heard) -> Exception:
+    if parser.num_errors == 0:
+        return BackendFailed(f"{trt.__name__} could not parse the graph: {heard.first_error() or 'no reason given'}", _EXPLAIN)
+    error = parser.get_error(0)
+    code = getattr(error.code(), "name", str(error.code()))
+    said = error.desc().strip().removeprefix("Assertion failed: ")
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    name = error.node_name() if hasattr(error, "node_name") else f"number {error.node()}"
+    where = f"node '{name}' ({operator})" if operator else f"node {name}"
+    if code in _BAD_FILE:
+        return ModelError(f"{trt.__name__} cannot read the graph: {said}", "export the model again")
+    if code.startswith("UNSUPPORTED"):
+        detail = "" if said in ("false", "") else f": {said}"
+        return BackendFailed(
+            f"{trt.__name__} does not support {where}{detail}",
+            "replace the operator, or cut the graph before it with `deploykit export --outputs NAME`",
+        )
+    return BackendFailed(f"{trt.__name__} refuses {where}: {said}", _remedy(said))
+
+
+def _remedy(reason: str) -> str:
+    """What to do about a refusal that is known."""
+    low = reason.lower()
+    if "zero point" in low:
+        return "TensorRT takes symmetric int8 only: `deploykit quantize --mode static --layout tensorrt`"
+    if "scale" in low and "positive" in low:
+        return "a channel was dead in calibration (scale 0): calibrate on more data, or `deploykit quantize` again"
+    if "turing" in low or "sm75" in low:
+        return "a T4 (sm75) takes FP16 from TensorRT-RTX: `--fp16`"
+    if "memory" in low:
+        return "use a smaller maximum batch, or a machine with more memory"
+    return _EXPLAIN

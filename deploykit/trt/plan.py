@@ -1,0 +1,66 @@
+"""What a build will give and what to warn of, in plain words, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from deploykit.trt.layers import Shortfall
+
+# Compute capability -> what people call it (NVIDIA's CUDA GPUs page).
+GENERATIONS = {
+    "sm75": "Turing (T4, RTX 20)",
+    "sm80": "Ampere (A100, A30)",
+    "sm86": "Ampere (A10, RTX 30)",
+    "sm89": "Ada (L4, L40, RTX 40)",
+    "sm90": "Hopper (H100)",
+    "sm120": "Blackwell (RTX 50, RTX PRO 6000)",
+    "sm121": "Blackwell (DGX Spark)",
+}
+UNVALIDATED = "built without a GPU: what this engine does on one is unverified until a GPU has run it (validated_on_gpu: false)"
+RTX_TURING_INT8 = (
+    "TensorRT-RTX runs the convolutions of an INT8 Q/DQ graph in Half on sm75 (T4): the engine is smaller, not faster than "
+    "FP16; real INT8 on a T4 needs full TensorRT"
+)
+RTX_TURING_FP32 = "TensorRT-RTX has no FP32 matrix products for sm75 (T4)"
+RTX_INT8_POINTWISE = (
+    "on sm80 and later TensorRT-RTX runs the convolutions in Int8, but they write Float and a pointwise kernel follows each: "
+    "INT8 need not be faster than FP16; measure both"
+)
+
+
+def expectations(precision: str, target: str, backend: str = "tensorrt-rtx") -> list[str]:
+    """What will be built for a precision and a target ('sm75', ...), then what to expect of it, one sentence an item.
+
+    Facts about TensorRT-RTX 1.7.1 as its own builder listed them; they say what runs, never how fast.
+    """
+    where = GENERATIONS.get(target, "a GPU generation that deploykit knows nothing of")
+    rtx = backend == "tensorrt-rtx"
+    lines = [f"{precision.upper()} engine for {target}, {where}, by {backend}" + (", ahead of time" if rtx else "")]
+    if rtx and target == "sm75":
+        if precision in ("int8", "mixed"):
+            lines.append(RTX_TURING_INT8)
+        if precision == "fp32":
+            lines.append(RTX_TURING_FP32 + ": the build will be refused")
+    elif rtx and precision in ("int8", "mixed"):
+        lines.append(RTX_INT8_POINTWISE)
+    if rtx:
+        lines.append(f"this plan runs on {target} only: each GPU generation gets a plan of its own")
+        lines.append(UNVALIDATED)
+    else:
+        lines.append("this plan runs on the GPU model and with the TensorRT version it was built with, and no other")
+    if precision in ("int8", "mixed"):
+        lines.append("accuracy printed beside it is predicted: the same Q/DQ graph run on the CPU, not this engine on a GPU")
+    return lines
+
+
+def shortfall_lines(missed: Iterable[Shortfall], wanted: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What asked for INT8 and runs in something else, per operator: '20 of 20 Conv asked for Int8 run in Half: a, b, ...'."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for miss in missed:
+        groups.setdefault((miss.op, miss.actual), []).append(miss.node)
+    lines = []
+    for (op, actual), nodes in sorted(groups.items()):
+        total = wanted.get(op, {}).get("Int8", len(nodes))
+        shown = ", ".join(nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+        lines.append(f"{len(nodes)} of {total} {op} that asked for Int8 run in {actual}: {shown}")
+    return lines

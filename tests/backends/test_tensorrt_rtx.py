@@ -1,0 +1,182 @@
+"""Real TensorRT-RTX builds on a machine without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import conv_net
+from trt_graphs import artifact, build_in_child, qdq_conv, to_half
+
+from deploykit import artifact as artifacts
+from deploykit import backends
+from deploykit.artifact import Artifact
+from deploykit.errors import BackendFailed, DeploykitError, InputError, MissingBackend, ModelError, UnknownName
+from deploykit.session import BuildRequest, OpenRequest
+from deploykit.trt import gpu, plan_header
+
+BACKEND = backends.get("tensorrt-rtx")
+pytestmark = pytest.mark.skipif(BACKEND.missing() is not None, reason=str(BACKEND.missing()))
+no_gpu = pytest.mark.skipif(bool(gpu.found()), reason="this machine has a GPU")
+QUICK = {"verify_rebuild": False}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half")
+    return to_half(conv_net(folder / "f.onnx"), folder / "h.onnx")
+
+
+@pytest.fixture(scope="module")
+def engine(half: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("engine")
+    return build_in_child("tensorrt-rtx", artifact(half, "fp16"), BuildRequest("fp16", "sm75", (1, 4)), folder).save()
+
+
+def _build(path: Path, precision: str, target: str, folder: Path, **options: bool) -> Artifact:
+    return BACKEND.build(
+        artifact(path, precision), BuildRequest(precision, target, (1, 2, 4), options={**QUICK, **options}), folder
+    )
+
+
+def test_an_fp16_engine_for_a_t4_and_its_manifest(engine: Artifact) -> None:
+    facts = artifacts.load(engine.path).facts
+    assert engine.device == "sm75"
+    assert plan_header.read(engine.path).targets == ("sm75",)
+    assert facts["validated_on_gpu"] is False
+    assert facts["layers"]["convolution"] == {"Half": 2}
+    assert facts["requested"]["Conv"] == {"Half": 2}
+    assert facts["profiles"] == [{"x": {"min": [1, 3, 8, 8], "opt": [4, 3, 8, 8], "max": [4, 3, 8, 8]}}]
+    assert facts["warnings"] == []
+    assert facts["rebuild"].split(":")[0].split(" ")[0] in ("identical", "differs")
+
+
+def test_a_static_graph_rebuilds_to_the_same_bytes(tmp_path: Path) -> None:
+    path = to_half(conv_net(tmp_path / "f.onnx", batch=2), tmp_path / "h.onnx")
+    made = build_in_child("tensorrt-rtx", artifact(path, "fp16"), BuildRequest("fp16", "sm89", (2,)), tmp_path)
+    assert made.facts["rebuild"] == "identical"
+    assert made.facts["profiles"] == []
+
+
+def test_int8_runs_in_int8_on_sm89(tmp_path: Path) -> None:
+    made = _build(qdq_conv(tmp_path / "q.onnx"), "int8", "sm89", tmp_path)
+    assert made.facts["layers"]["convolution"] == {"Int8": 1}
+    assert made.facts["fallback"] == []
+
+
+def test_int8_on_a_t4_is_told_to_run_in_half(tmp_path: Path) -> None:
+    path = qdq_conv(tmp_path / "q.onnx")
+    made = _build(path, "int8", "sm75", tmp_path)
+    assert made.facts["layers"]["convolution"] == {"Half": 1}
+    assert made.facts["fallback"] == [{"node": "conv0", "op": "Conv", "actual": "Half"}]
+    assert any("1 of 1 Conv that asked for Int8 run in Half" in line for line in made.facts["warnings"])
+    with pytest.raises(BackendFailed, match="run in Half") as caught:
+        _build(path, "int8", "sm75", tmp_path, allow_fallback=False)
+    assert "--allow-fallback" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"axis": 1}, {"weight_dq": False}])
+def test_a_convolution_that_silently_stays_float_is_told(tmp_path: Path, wrong: dict[str, int]) -> None:
+    made = _build(qdq_conv(tmp_path / "q.onnx", **wrong), "int8", "sm89", tmp_path)  # type: ignore[arg-type]
+    assert [row["node"] for row in made.facts["fallback"]] == ["conv0"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"zero_point": 3}, r"node 'q0' \(QuantizeLinear\).*zero point"),
+        ({"zero_point": 128, "zero_dtype": np.uint8}, r"node 'q0' \(QuantizeLinear\)"),
+        ({"scale": 0.0}, r"node 'q0'.*positive"),
+        ({"computed_scale": True}, r"node 'q0'.*computed"),
+        ({"activation": "Det"}, r"node 'act' \(Det\)"),
+    ],
+)
+def test_a_refusal_names_the_node(tmp_path: Path, wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(BackendFailed, match=said) as caught:
+        _build(qdq_conv(tmp_path / "q.onnx", **wrong), "int8", "sm89", tmp_path)  # type: ignore[arg-type]
+    assert caught.value.remedy
+    assert not (tmp_path / "model.engine").exists()
+
+
+def test_int8_asked_of_a_float_graph_is_an_error(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match="no convolution or matrix product of the graph has Q/DQ"):
+        _build(half, "int8", "sm89", tmp_path)
+
+
+def test_fp32_for_a_t4_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match="FP32"):
+        _build(conv_net(tmp_path / "f.onnx"), "fp32", "sm75", tmp_path)
+
+
+def test_the_builders_own_refusal_is_told_without_its_source_positions(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match="FP32 GEMM is not supported") as caught:
+        _build(conv_net(tmp_path / "f.onnx"), "fp16", "sm75", tmp_path)  # float32 inside, whatever it is called
+    assert "/_src/" not in str(caught.value)
+    assert "cuda" not in caught.value.message.lower()
+
+
+def test_bytes_that_are_no_model(tmp_path: Path, half: Path) -> None:
+    bad = dataclasses.replace(artifact(half, "fp16"), path=tmp_path / "bad.onnx")
+    bad.path.write_bytes(b"hello world")
+    with pytest.raises(ModelError):
+        BACKEND.build(bad, BuildRequest("fp16", "sm75"), tmp_path)
+
+
+def test_a_target_that_is_none(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="sm76"):
+        _build(half, "fp16", "sm76", tmp_path)
+
+
+def test_what_it_cannot_give_is_said_before_any_build() -> None:
+    assert BACKEND.targets() == ("sm75", "sm89")
+    assert BACKEND.unsupported("fp16", "sm75") is None
+    assert BACKEND.unsupported("int8", "sm89") is None
+    for precision, target in (("int8", "sm75"), ("fp32", "sm75"), ("bf16", "sm89"), ("fp16", "cpu")):
+        assert BACKEND.unsupported(precision, target) is not None
+    assert "full TensorRT" in str(BACKEND.unsupported("int8", "sm75"))
+    assert [BACKEND.graph(p) for p in ("fp32", "fp16", "int8")] == ["fp32", "fp16", "int8-tensorrt"]
+    with pytest.raises(UnknownName):
+        BACKEND.graph("int4")
+
+
+@no_gpu
+def test_opening_without_a_gpu_says_what_to_do(engine: Artifact) -> None:
+    with pytest.raises(MissingBackend, match="no NVIDIA GPU") as caught:
+        BACKEND.open(engine, OpenRequest("fp16", 1, 1))
+    assert "compute capability 7.5" in str(caught.value)
+    assert BACKEND.cannot_run() is not None
+
+
+@pytest.mark.parametrize("damage", ["onnx", "short", "truncated", "no target", "missing"])
+def test_a_foreign_or_damaged_plan_is_named_before_a_gpu_is_asked_for(engine: Artifact, tmp_path: Path, damage: str) -> None:
+    data = engine.path.read_bytes()
+    broken = {
+        "onnx": b"\x08\x09" + data[2:],
+        "short": data[:30],
+        "truncated": data[:-1],
+        "no target": data[:32] + struct.pack("<Q", 0) + data[40:],
+    }
+    path = tmp_path / "model.engine"
+    if damage in broken:
+        path.write_bytes(broken[damage])
+    with pytest.raises(InputError) as caught:
+        BACKEND.open(dataclasses.replace(engine, path=path), OpenRequest("fp16", 1, 1))
+    assert isinstance(caught.value, DeploykitError)
+    assert caught.value.remedy
+
+
+def test_where_a_model_lies_does_not_change_its_plan(tmp_path: Path) -> None:
+    digests = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        path = to_half(conv_net(folder / "f.onnx", batch=1), folder / "h.onnx")
+        request = BuildRequest("fp16", "sm89", (1,), options=QUICK)
+        made = build_in_child("tensorrt-rtx", artifact(path, "fp16"), request, folder)
+        digests.append(hashlib.sha256(made.path.read_bytes()).hexdigest())
+        assert os.fsencode(str(tmp_path)) not in made.path.read_bytes()
+    assert digests[0] == digests[1]

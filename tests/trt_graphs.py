@@ -1,0 +1,88 @@
+"""Quantized graphs for the TensorRT tests: one convolution between Q/DQ nodes, with every way to get it wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto as T
+from onnx import helper as h
+from onnx import numpy_helper as nh
+
+from deploykit import graph
+from deploykit.artifact import Artifact
+
+
+def qdq_conv(
+    path: Path,
+    *,
+    zero_point: int = 0,
+    zero_dtype: Any = np.int8,
+    scale: float = 0.05,
+    axis: int = 0,
+    weight_dq: bool = True,
+    computed_scale: bool = False,
+    activation: str = "Relu",
+    batch: int | str = "batch",
+    float_type: Any = np.float16,
+) -> Path:
+    """x [batch, 8, 16, 16] float32 -> (Cast) -> Q -> DQ -> Conv (int8 weights, DQ) -> Relu -> (Cast) -> y."""
+    rng = np.random.default_rng(0)
+    half = float_type == np.float16
+    store = [
+        nh.from_array(np.array(scale, float_type), "xs"),
+        nh.from_array(np.array(zero_point, zero_dtype), "xz"),
+        nh.from_array(rng.integers(-100, 100, (8, 8, 3, 3)).astype(np.int8), "wq"),
+        nh.from_array(np.full(8, 0.01, float_type), "ws"),
+        nh.from_array(np.zeros(8, np.int8), "wz"),
+        nh.from_array(rng.normal(size=(8, 8, 3, 3)).astype(float_type), "w"),
+        nh.from_array(np.zeros(8, float_type), "b"),
+    ]
+    nodes = [h.make_node("Cast", ["x"], ["xh"], name="cast_in", to=T.FLOAT16 if half else T.FLOAT)]
+    if computed_scale:
+        nodes.append(h.make_node("ReduceMax", ["xh"], ["dyn"], name="largest", keepdims=0))
+    s = "dyn" if computed_scale else "xs"
+    nodes += [
+        h.make_node("QuantizeLinear", ["xh", s, "xz"], ["xq"], name="q0"),
+        h.make_node("DequantizeLinear", ["xq", s, "xz"], ["xd"], name="dq0"),
+    ]
+    if weight_dq:
+        nodes.append(h.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wd"], name="dqw", axis=axis))
+    nodes += [
+        h.make_node("Conv", ["xd", "wd" if weight_dq else "w", "b"], ["c"], name="conv0", pads=[1, 1, 1, 1]),
+        h.make_node(activation, ["c"], ["a"], name="act"),
+        h.make_node("Cast", ["a"], ["y"], name="cast_out", to=T.FLOAT),
+    ]
+    shape = [batch, 8] if activation == "Det" else [batch, 8, 16, 16]
+    made = h.make_graph(
+        nodes,
+        "qdq_conv",
+        [h.make_tensor_value_info("x", T.FLOAT, [batch, 8, 16, 16])],
+        [h.make_tensor_value_info("y", T.FLOAT, shape)],
+        store,
+    )
+    onnx.save(h.make_model(made, opset_imports=[h.make_opsetid("", 19)], ir_version=9), str(path))
+    return path
+
+
+def to_half(source: Path, path: Path) -> Path:
+    """The graph with its insides in float16 and its inputs and outputs in float32 (ONNX Runtime's converter)."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(str(source)), keep_io_types=True), str(path))
+    return path
+
+
+def artifact(path: Path, precision: str) -> Artifact:
+    """The .onnx as a stage hands it on."""
+    return Artifact(path, "onnx", precision, graph.signature(graph.load(path)), "precision", sha256="0" * 64)
+
+
+def build_in_child(name: str, made: Artifact, request: Any, folder: Path) -> Artifact:
+    """What the pipeline does: the backend's build in a child process."""
+    from deploykit import children
+    from deploykit.pipeline.prepare import build_engine
+
+    return children.run("build", build_engine, name, made, request, folder, timeout_s=120.0)
