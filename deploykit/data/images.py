@@ -1,0 +1,234 @@
+"""Images: a folder with one sub-folder a class, or a flat folder of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from deploykit import children
+from deploykit.data import content, pixels
+from deploykit.data.image_input import ImageInput, image_input
+from deploykit.errors import DataError, UnknownName
+from deploykit.preprocess import Preprocess
+from deploykit.samples import Samples
+from deploykit.signature import Outputs, ShapeRange, Signature
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".avif", ".jp2", ".tga", ".ico"}
+)
+_SHARES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
+_DECODERS = 2
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images by their place in `files` (relative to `root`); digests: the sha256 of each file's bytes."""
+
+    root: str
+    files: tuple[str, ...]
+    digests: tuple[str, ...]
+    target: ImageInput
+    preprocess: Preprocess
+
+    def read(self, indices: Sequence[int]) -> Outputs:
+        """The model's input for those images. Raises DataError naming the file that cannot be decoded."""
+        distinct = list(dict.fromkeys(indices))
+        paths = [Path(self.root) / self.files[i] for i in distinct]
+        decode = partial(pixels.decode, target=self.target, preprocess=self.preprocess)
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            pictures = dict(zip(distinct, pool.map(decode, paths), strict=True))
+        sizes = {picture.shape for picture in pictures.values()}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{h}x{w}" for h, w, _ in sorted(sizes))
+            raise DataError(f"the images of one batch have different sizes after the preprocessing: {shown}", "add a crop to it")
+        return {self.target.name: self.target.pack(np.stack([pictures[i] for i in indices]), self.preprocess)}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files relative to the folder, in order; their class folders (None: a flat folder); what was left aside."""
+
+    files: tuple[str, ...]
+    folders: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def open_images(
+    root: Path,
+    signature: Signature,
+    preprocess: Preprocess | None,
+    shapes: Mapping[str, ShapeRange] | None,
+    classes: tuple[str, ...] | None,
+    *,
+    skip_unreadable: bool = False,
+) -> Samples:
+    """Every image below `root`, each decoded once to know that it can be (remembered by size and time).
+
+    Raises DataError: no images, no preprocessing, an image that cannot be decoded (or, with `skip_unreadable`, only
+    when none can); UnknownName for a sub-folder that is none of `classes`.
+    """
+    listing = list_images(root)
+    if preprocess is None:
+        raise DataError(
+            f"{root} holds images, and nothing says how they become the model's input",
+            "add --preprocess, for example resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225, or imagenet, or none",
+        )
+    target = image_input(signature, preprocess, shapes)
+    _check_sizes(target, preprocess)
+    names = tuple(sorted(set(listing.folders))) if listing.folders is not None else None
+    order = classes or names
+    if names is not None and classes:
+        for name in names:
+            if name not in classes:
+                raise UnknownName(f"class folder in {root}", name, classes)
+    facts = _facts(root, listing.files)
+    keep = [i for i, fact in enumerate(facts) if fact.decodes]
+    notes = listing.notes + _about_unreadable(root, listing.files, facts, skip=skip_unreadable)
+    if names is not None and not classes:
+        notes += _about_order(names)
+    labels = None
+    if listing.folders is not None and order is not None:
+        index = {name: i for i, name in enumerate(order)}
+        labels = tuple(index[listing.folders[i]] for i in keep)
+    return Samples(
+        spec=str(root),
+        content=content.combine({listing.files[i]: facts[i].sha256 for i in keep}),
+        reader=ImageReader(
+            str(root.resolve()),
+            tuple(listing.files[i] for i in keep),
+            tuple(facts[i].sha256 for i in keep),
+            target,
+            preprocess,
+        ),
+        signature=signature,
+        preprocess=preprocess,
+        indices=tuple(range(len(keep))),
+        labels=labels,
+        classes=order if names is not None else classes,
+        notes=notes,
+    )
+
+
+def list_images(root: Path) -> Listing:
+    """The images of a folder, in sorted order. Raises DataError when there are none."""
+    try:
+        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    except OSError as exc:
+        raise DataError(f"{root} cannot be listed: {exc.strerror}", "check the folder's permissions") from exc
+    folders = [entry for entry in entries if entry.is_dir()]
+    loose = [entry for entry in entries if entry.is_file()]
+    below = {folder.name: _walk(folder) for folder in folders}
+    notes: list[str] = []
+    if any(images for images, _ in below.values()):
+        filled = {name for name, (images, _) in below.items() if images}
+        if filled <= _SHARES:
+            raise DataError(
+                f"the sub-folders of {root} are the shares of a data set ({', '.join(sorted(filled))}), not classes",
+                f"name one of them: --data {root / sorted(filled)[-1]} (--calib-data takes another)",
+            )
+        files = [(name, image) for name in sorted(filled) for image in below[name][0]]
+        other = [path for _, rest in below.values() for path in rest] + loose
+        empty = sorted(set(below) - filled)
+        if empty:
+            notes.append(f"class folders without images: {_shown(empty)}")
+        listing = tuple(str(image.relative_to(root)) for _, image in files)
+        labels: tuple[str, ...] | None = tuple(name for name, _ in files)
+    else:
+        listing = tuple(entry.name for entry in loose if entry.suffix.lower() in EXTENSIONS)
+        other = [entry for entry in loose if entry.suffix.lower() not in EXTENSIONS]
+        labels = None
+    if not listing:
+        raise DataError(
+            f"{root} holds no images" + (f" (only: {_shown([p.name for p in other])})" if other else ""),
+            "expected one sub-folder a class, image files, or IDX files (train-images-idx3-ubyte)",
+        )
+    if other:
+        notes.append(f"{len(other)} file(s) left aside: {_shown([str(p.relative_to(root)) for p in other])}")
+    return Listing(listing, labels, tuple(notes))
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(images, other files) below a folder, sorted; links are followed, each folder once."""
+    images: list[Path] = []
+    other: list[Path] = []
+    seen: set[str] = set()
+    for where, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                (images if Path(name).suffix.lower() in EXTENSIONS else other).append(Path(where) / name)
+    return sorted(images), sorted(other)
+
+
+def _check_sizes(target: ImageInput, preprocess: Preprocess) -> None:
+    wanted = (target.height, target.width)
+    side = preprocess.crop
+    if side is not None and any(size not in (None, side) for size in wanted):
+        raise DataError(
+            f"the preprocessing crops to {side}x{side}, input '{target.name}' takes {wanted[0]}x{wanted[1]}",
+            f"use crop={wanted[0]}"
+            if wanted[0] == wanted[1]
+            else "leave resize and crop out, which stretches to the input's size",
+        )
+    if side is None and preprocess.resize is None and None in wanted:
+        raise DataError(
+            f"input '{target.name}' has a free height or width, and nothing says which size the images are to have",
+            f"add crop=224 to --preprocess, or --shapes {target.name}=...",
+        )
+
+
+def _facts(root: Path, files: Sequence[str]) -> list[content.FileFacts]:
+    """sha256 and decodability of each file, from the cache where it has not changed."""
+    cache = content.ContentCache(root)
+    known = {relative: fact for relative in files if (fact := cache.get(relative)) is not None and fact.decodes is not None}
+    unknown = [relative for relative in files if relative not in known]
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        for done, (relative, fact) in enumerate(zip(unknown, pool.map(partial(_examine, root), unknown), strict=True), 1):
+            known[relative] = fact
+            cache.put(relative, fact)
+            children.report_progress("reading images", done / len(unknown))
+    cache.save()
+    return [known[relative] for relative in files]
+
+
+def _examine(root: Path, relative: str) -> content.FileFacts:
+    reason = pixels.check(root / relative)
+    digest = content.file_sha256(root / relative)
+    return content.FileFacts(digest, not reason, reason)
+
+
+def _about_unreadable(root: Path, files: Sequence[str], facts: Sequence[content.FileFacts], *, skip: bool) -> tuple[str, ...]:
+    bad = [(files[i], fact.reason) for i, fact in enumerate(facts) if not fact.decodes]
+    if not bad:
+        return ()
+    name, reason = bad[0]
+    if not skip or len(bad) == len(files):
+        more = f" ({len(bad)} of {len(files)} images cannot be decoded)" if len(bad) > 1 else ""
+        raise DataError(
+            f"{root / name} cannot be decoded: {reason}{more}",
+            "replace or remove it, or leave such files out with --skip-unreadable",
+        )
+    return (f"{len(bad)} image(s) that cannot be decoded were left out: {_shown([n for n, _ in bad])}",)
+
+
+def _about_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        return ("class folders are numbers sorted as text (1, 10, 2), as torchvision does; give --classes for another order",)
+    return ()
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > _SHOWN else "")
