@@ -7,6 +7,7 @@
     │   ├── UnknownName               a name that matches nothing; lists the choices and the closest one
     │   ├── StaleCalibration          a calibration table made for something else
     │   └── OutOfSpace                the disk is full
+    ├── ChecksFailed          exit 1  an error-level finding: no engine could load the graph
     ├── MissingBackend        exit 3  a backend, a package or hardware that is not here
     └── BackendFailed         exit 4  a backend was here and failed
         └── ChildDied                 its process was killed (signal, out of memory)
@@ -77,6 +78,12 @@ class UnknownName(InputError):
         shown = ", ".join(known[:40]) + (f", ... ({len(known)} in all)" if len(known) > 40 else "")
         super().__init__(f"unknown {kind} '{name}'", f"{hint}choose from: {shown}")
         self.args = (kind, name, tuple(known))
+
+
+class ChecksFailed(DeploykitError):
+    """An error-level finding about the graph stops the line."""
+
+    exit_code = EXIT_FAILED
 
 
 class MissingBackend(DeploykitError):

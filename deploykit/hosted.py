@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deploykit import artifact as artifacts
 from deploykit import backends
+from deploykit.artifact import Artifact
 from deploykit.errors import BackendFailed
 from deploykit.measurement import Window
 from deploykit.session import OpenRequest, Session
@@ -44,10 +45,15 @@ _next = 0
 
 def open_engine(backend: str, engine: Path, request: OpenRequest) -> Opened:
     """Opens the engine at `engine` in this process. Raises what the backend raises."""
+    return open_bare(backend, artifacts.load(engine), request)
+
+
+def open_bare(backend: str, engine: Artifact, request: OpenRequest) -> Opened:
+    """Opens an artifact that has no manifest of its own: a user's .onnx file."""
     global _session
     close_engine()
     start = time.perf_counter()
-    _session = backends.get(backend).open(artifacts.load(engine), request)
+    _session = backends.get(backend).open(engine, request)
     load_s = time.perf_counter() - start
     return Opened(_session.signature, _session.precision, _session.device, _session.threads, tuple(_session.notes), load_s)
 

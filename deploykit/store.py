@@ -69,6 +69,16 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
             return None
 
+    def drop(self, model: str, key: Key) -> None:
+        """Removes the artifact of `key`, if it is there, in one step."""
+        folder = self.folder(model, key)
+        doomed = folder.with_name(f".making-dropped-{os.getpid()}-{time.monotonic_ns()}")
+        try:
+            os.rename(folder, doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
     def make(self, model: str, key: Key, build: Callable[[Path], Artifact]) -> tuple[Artifact, bool]:
         """The artifact of `key`, and whether it was reused; `build` gets an empty temporary folder to write it in.
 

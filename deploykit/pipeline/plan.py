@@ -85,7 +85,9 @@ def plan(
             wanted = [base_precision]  # only there to be the reference
         for precision in wanted:
             for target in _targets(backend_name, request):
-                row = PlannedRow(name, backend_name, precision, target, 0, backend_name == reference and precision == base_precision)
+                row = PlannedRow(
+                    name, backend_name, precision, target, 0, backend_name == reference and precision == base_precision
+                )
                 rows.append(_judge(row, kind, base_precision, refused))
     return [_at_batch(row, batch, signature) for batch in _batches(signature, request) for row in rows]
 
@@ -123,7 +125,9 @@ def _judge(row: PlannedRow, kind: str, base: str, refused: Mapping[str, Finding]
         why = f"{row.backend} runs PyTorch models, and this is an .onnx file; give the PyTorch source instead"
         return replace(row, skip=why, skip_code=EXIT_MISSING)
     if base not in ("fp32", row.precision):
-        return replace(row, skip=f"the graph is {base} already; give the FP32 model to have other precisions", skip_code=EXIT_MISSING)
+        return replace(
+            row, skip=f"the graph is {base} already; give the FP32 model to have other precisions", skip_code=EXIT_MISSING
+        )
     if row.backend in refused:
         finding = refused[row.backend]
         return replace(row, skip=f"{finding.code}: {finding.message}; {finding.remedy}", skip_code=EXIT_MISSING)

@@ -1,0 +1,275 @@
+"""The stages as commands: export, check, calibrate, quantize, build, build-trt, finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploykit.cli import options as o
+from deploykit.cli import parsing
+from deploykit.cli.printing import say, show_json, show_rows
+from deploykit.cli.terminal import Bar
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED, InputError
+
+if TYPE_CHECKING:
+    from deploykit.artifact import Artifact
+
+OutFile = Annotated[Path, typer.Option("-o", "--out", help="The file to write; its manifest lies beside it.")]
+Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    for name, function in (
+        ("export", export),
+        ("check", check),
+        ("calibrate", calibrate),
+        ("quantize", quantize),
+        ("build-trt", build_trt),
+        ("build", build),
+        ("finetune", finetune),
+    ):
+        app.command(name=name, no_args_is_help=True)(function)
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")],
+    out: OutFile,
+    batch: o.Batch = "1,8,32",
+    opset: o.Opset = None,
+    inputs: o.Inputs = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    outputs: o.OutputsCut = None,
+) -> int:
+    """ONNX with a dynamic batch axis, proven against the source's own outputs.
+
+    Example:  deploykit export resnet18 --weights none -o resnet18.onnx
+    """
+    from deploykit.pipeline import single
+    from deploykit.pipeline.request import SourceRequest
+
+    request = SourceRequest(
+        source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs), opset, parsing.names(outputs)
+    )
+    with Bar() as bar:
+        made = single.export_file(request, out, parsing.batches(batch), bar)
+    say(f"{out}: {', '.join(map(str, made.signature.inputs))} -> {', '.join(map(str, made.signature.outputs))}")
+    for line in single.proof_lines(made):
+        say(line)
+    return EXIT_PASSED
+
+
+def check(
+    model: Model,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Backends to check for: tensorrt, tensorrt-rtx, onnxruntime, openvino.")
+    ] = None,
+    json_file: o.JsonFile = None,
+) -> int:
+    """The graph's findings, each with the node and the remedy; exit code 1 on an error-level one.
+
+    Example:  deploykit check model.onnx --target tensorrt
+    """
+    from deploykit.pipeline import single
+
+    with Bar() as bar:
+        found = single.check_file(model, parsing.names(target) or (), bar)
+    if json_file is not None:
+        show_json({"findings": [f.to_json() for f in found.findings], "summary": dict(found.summary)}, json_file)
+    if json_file != "-":
+        say(single.summary_line(model, found))
+        if found.findings:
+            rows = [[f.code, f.severity, f.target, f.node, f"{f.message} -> {f.remedy}"] for f in found.findings]
+            show_rows("", ["code", "severity", "target", "node", "what was found -> what to do"], rows, wrap=4)
+        else:
+            say("no findings")
+    return EXIT_FAILED if any(f.severity == "error" for f in found.findings) else EXIT_PASSED
+
+
+def calibrate(
+    model: Model,
+    out: OutFile,
+    data: o.Data = None,
+    n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    trt_cache: Annotated[Path | None, typer.Option("--trt-cache", help="Write TensorRT's text cache too.")] = None,
+    preprocess: o.Preprocess = None,
+    limit: o.Limit = None,
+    shapes: o.Shapes = None,
+    recalibrate: o.Recalibrate = False,
+) -> int:
+    """The calibration cache: ranges per tensor, with the fingerprint of what they were made from.
+
+    Example:  deploykit calibrate model.onnx --data images/ -n 256 --method entropy -o calib.json --trt-cache calib.cache
+    """
+    from deploykit.pipeline import single
+    from deploykit.pipeline.request import DataRequest
+
+    parsing.positive(n, "-n")
+    request = DataRequest(data, None, preprocess, None, limit, n, method, None, recalibrate)
+    with Bar() as bar:
+        table = single.calibrate_file(model, request, out, trt_cache, bar, parsing.shapes(shapes))
+    say(f"{out}: {len(table.ranges)} tensors, {table.method}, from {table.n} samples")
+    for note in table.notes:
+        say(f"note: {note}")
+    return EXIT_PASSED
+
+
+def quantize(
+    model: Model,
+    out: OutFile,
+    mode: Annotated[str, typer.Option(help="static (INT8), dynamic (INT8), fp16 or mixed.")] = "static",
+    calib: o.CalibFile = None,
+    data: o.Data = None,
+    n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    layout: Annotated[
+        str, typer.Option(help="Where Q/DQ nodes go in static mode: cpu (ONNX Runtime, OpenVINO) or tensorrt.")
+    ] = "cpu",
+    preprocess: o.Preprocess = None,
+    limit: o.Limit = None,
+    shapes: o.Shapes = None,
+) -> int:
+    """Precision written into the graph.
+
+    Example:  deploykit quantize model.onnx --mode static --data images/ -o model-int8.onnx
+    """
+    from deploykit.pipeline import single
+    from deploykit.pipeline.request import DataRequest
+
+    request = DataRequest(data, None, preprocess, None, limit, n, method, calib)
+    with Bar() as bar:
+        made = single.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
+    say(f"{out}: {made.precision}, {made.size_bytes / 1e6:.1f} MB")
+    for line in single.fact_lines(made):
+        say(line)
+    return EXIT_PASSED
+
+
+def build_trt(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engines.")],
+    fp16: Annotated[bool, typer.Option("--fp16", help="FP16 engines (the default when no precision is named).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="INT8 engines: Q/DQ from --calib or --data, the rest in FP16.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="FP32 engines.")] = False,
+    calib: o.CalibFile = None,
+    data: o.Data = None,
+    n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    preprocess: o.Preprocess = None,
+    target: o.TargetNames = None,
+    batch: o.Batch = "1,8,32",
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, tensorrt (needs a GPU) or rtx (built ahead of time).")
+    ] = "auto",
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Accept an engine whose convolutions run in another precision.")
+    ] = False,
+    shapes: o.Shapes = None,
+) -> int:
+    """TensorRT engines with their manifests, one per target, for batch 1 to the largest named.
+
+    Example:  deploykit build-trt model.onnx --fp16 --int8 --data images/ --target sm75,sm89 -o engines-trt
+    """
+    from deploykit.pipeline import single, trt
+    from deploykit.pipeline.request import DataRequest
+
+    chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
+    request = trt.TrtRequest(
+        model, tuple(chosen), parsing.names(target), parsing.batches(batch), backend, allow_fallback, parsing.shapes(shapes)
+    )
+    with Bar() as bar:
+        made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar)
+    for engine in made.engines:
+        _engine_line(engine)
+    for line in [*made.warnings, *(x for e in made.engines for x in single.fact_lines(e))]:
+        say(line)
+    return made.exit_code
+
+
+def build(
+    model: Model,
+    backend: Annotated[str, typer.Option("--backend", help="onnxruntime, openvino, ...: see `deploykit doctor`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engine.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-dynamic.")] = "fp32",
+    batch: o.Batch = "1,8",
+    target: Annotated[str | None, typer.Option(help="Hardware target, where the backend has several.")] = None,
+    calib: o.CalibFile = None,
+    data: o.Data = None,
+    n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    preprocess: o.Preprocess = None,
+    shapes: o.Shapes = None,
+) -> int:
+    """One backend's engine, with its manifest.
+
+    Example:  deploykit build model.onnx --backend openvino --precision fp32 -o engines-ov
+    """
+    from deploykit import backends
+    from deploykit.errors import UnknownName
+    from deploykit.pipeline import single
+    from deploykit.pipeline.request import DataRequest
+    from deploykit.session import PRECISIONS, BuildRequest
+
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+    chosen = backends.get(backend)
+    where = target or chosen.targets()[0]
+    if where not in chosen.all_targets():
+        raise UnknownName("target", where, chosen.all_targets())
+    wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes))
+    with Bar() as bar:
+        made = single.build_file(
+            model, backend, wanted, out, DataRequest(data, None, preprocess, None, None, n, method, calib), bar
+        )
+    _engine_line(made)
+    for line in single.fact_lines(made):
+        say(line)
+    return EXIT_PASSED
+
+
+def _engine_line(engine: Artifact) -> None:
+    say(f"{engine.path}: {engine.options['backend']} {engine.precision} {engine.device}, {engine.size_bytes / 1e6:.1f} MB")
+
+
+def finetune(
+    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME or path/to/file.py:factory.")],
+    out: OutFile,
+    data: o.Data = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    inputs: o.Inputs = None,
+    preprocess: o.Preprocess = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training share.")] = 10,
+    seconds: Annotated[float | None, typer.Option(help="Stop after this many seconds.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples a step.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> int:
+    """Trains (or fine-tunes) a model on a share of the data that neither calibrates nor judges.
+
+    Example:  deploykit finetune resnet18 --weights none --num-classes 10 --data digits -o digits.safetensors
+    """
+    from deploykit.pipeline import training
+    from deploykit.pipeline.request import DataRequest, SourceRequest
+
+    if data is None:
+        raise InputError("training needs labelled samples", "add --data DATA, e.g. --data digits")
+    request = training.TrainingRequest(
+        SourceRequest(source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs)),
+        DataRequest(data, preprocess=preprocess),
+        out,
+        epochs,
+        seconds,
+        lr,
+        batch_size,
+        seed,
+    )
+    with Bar() as bar:
+        lines = training.finetune(request, bar)
+    for line in lines:
+        say(line)
+    return EXIT_PASSED

@@ -1,0 +1,214 @@
+"""`run` and `bench`: the whole line, and its table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploykit.cli import options as o
+from deploykit.cli import parsing
+from deploykit.cli.printing import show_report
+from deploykit.cli.terminal import Bar
+
+if TYPE_CHECKING:
+    from deploykit.pipeline.line import LineRequest
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command(name="run", no_args_is_help=True)(run)
+    app.command(name="bench", no_args_is_help=True)(bench)
+
+
+def run(
+    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the report and the engines.")],
+    data: o.Data = None,
+    calib_data: o.CalibData = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    inputs: o.Inputs = None,
+    opset: o.Opset = None,
+    outputs: o.OutputsCut = None,
+    backend: o.BackendNames = None,
+    precision: o.PrecisionNames = None,
+    batch: o.Batch = "1,8",
+    target: o.TargetNames = None,
+    threads: o.Threads = None,
+    duration: o.DurationName = "quick",
+    preprocess: o.Preprocess = None,
+    classes: o.Classes = None,
+    limit: o.Limit = None,
+    calib: o.CalibFile = None,
+    calib_n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    recalibrate: o.Recalibrate = False,
+    shapes: o.Shapes = None,
+    store: o.StoreFolder = Path("engines"),
+    baseline: o.Baseline = None,
+    max_drop: o.MaxDrop = None,
+    max_slowdown: o.MaxSlowdown = None,
+    remeasure: o.Remeasure = False,
+    aa: o.AA = False,
+    json_file: o.JsonFile = None,
+) -> int:
+    """The whole line: export, checks, calibration, precision, engines, accuracy, bench, gate, report.
+
+    Example:  deploykit run resnet18 --weights none --num-classes 10 --data digits -o out
+    """
+    from deploykit.pipeline import delivery, line
+    from deploykit.pipeline.request import SourceRequest
+    from deploykit.stages import gate
+
+    limits = gate.Limits(
+        gate.parse_drop(max_drop) if max_drop else None, gate.parse_slowdown(max_slowdown) if max_slowdown else None
+    )
+    origin = SourceRequest(
+        source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs), opset, parsing.names(outputs)
+    )
+    request = _request(
+        (origin,),
+        data,
+        calib_data,
+        preprocess,
+        classes,
+        limit,
+        calib_n,
+        method,
+        calib,
+        recalibrate,
+        backend,
+        precision,
+        batch,
+        target,
+        threads,
+        duration,
+        shapes,
+        aa,
+        remeasure,
+        store,
+    )
+    delivery.check_folder(out)
+    known = delivery.open_baseline(baseline, limits)
+    with Bar() as bar:
+        result = line.run(request, bar)
+        report, verdict = delivery.judge(result, known, limits)
+        delivery.deliver(report, result, out, bar)
+    show_report(report, json_file, [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"])
+    return verdict.exit_code if verdict is not None and verdict.exit_code else result.exit_code
+
+
+def bench(
+    targets: Annotated[list[str], typer.Argument(help=".onnx files, engines, folders of engines, or SOURCEs.")],
+    data: o.Data = None,
+    calib_data: o.CalibData = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    inputs: o.Inputs = None,
+    backend: o.BackendNames = None,
+    precision: o.PrecisionNames = None,
+    batch: o.Batch = "1,8",
+    target: o.TargetNames = None,
+    threads: o.Threads = None,
+    duration: o.DurationName = "quick",
+    preprocess: o.Preprocess = None,
+    classes: o.Classes = None,
+    limit: o.Limit = None,
+    calib: o.CalibFile = None,
+    calib_n: o.CalibN = 512,
+    method: o.Method = "minmax",
+    shapes: o.Shapes = None,
+    store: o.StoreFolder = Path("engines"),
+    aa: o.AA = False,
+    seeds: Annotated[bool, typer.Option("--reference-table", help="Show the seeds' T4 claims beside the measured rows.")] = False,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table as Markdown.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report page.")] = None,
+    json_file: o.JsonFile = None,
+) -> int:
+    """The table: throughput, latency and, with --data, accuracy of every backend and precision.
+
+    Example:  deploykit bench model.onnx --backend onnxruntime,openvino --precision fp32,int8 --data images/
+    """
+    from deploykit.pipeline import delivery, line
+    from deploykit.pipeline.request import SourceRequest
+
+    specs = parsing.inputs(inputs)
+    origins = tuple(SourceRequest(t, weights, num_classes, specs) for t in targets)
+    request = _request(
+        origins,
+        data,
+        calib_data,
+        preprocess,
+        classes,
+        limit,
+        calib_n,
+        method,
+        calib,
+        False,
+        backend,
+        precision,
+        batch,
+        target,
+        threads,
+        duration,
+        shapes,
+        aa,
+        True,
+        store,
+    )
+    with Bar() as bar:
+        result = line.run(request, bar)
+    written = delivery.write_files(result.report, csv_file, markdown_file, html_file)
+    show_report(result.report, json_file, [f"wrote {path}" for path in written], seeds=seeds)
+    return result.exit_code
+
+
+def _request(
+    origins: tuple[object, ...],
+    data: str | None,
+    calib_data: str | None,
+    preprocess: str | None,
+    classes: Path | None,
+    limit: int | None,
+    calib_n: int,
+    method: str,
+    calib: Path | None,
+    recalibrate: bool,
+    backend: str | None,
+    precision: str | None,
+    batch: str,
+    target: str | None,
+    threads: int | None,
+    duration: str,
+    shapes: list[str] | None,
+    aa: bool,
+    remeasure: bool,
+    store: Path,
+) -> LineRequest:
+    from deploykit.pipeline.line import LineRequest
+    from deploykit.pipeline.request import DataRequest, RowsRequest, SourceRequest
+
+    parsing.positive(limit, "--limit")
+    parsing.positive(calib_n, "--calib-n")
+    parsing.positive(threads, "--threads")
+    return LineRequest(
+        targets=tuple(origin for origin in origins if isinstance(origin, SourceRequest)),
+        data=DataRequest(data, calib_data, preprocess, classes, limit, calib_n, method, calib, recalibrate),
+        rows=RowsRequest(
+            parsing.names(backend),
+            parsing.names(precision),
+            parsing.batches(batch),
+            parsing.names(target),
+            threads,
+            duration,
+            parsing.shapes(shapes),
+            aa,
+            remeasure,
+        ),
+        store=store,
+        command=("deploykit", *sys.argv[1:]),
+    )

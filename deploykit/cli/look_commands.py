@@ -1,0 +1,149 @@
+"""Commands that look: doctor, compare, gate, report, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploykit.cli import options as o
+from deploykit.cli import parsing
+from deploykit.cli.printing import say, show_json, show_report, show_rows
+from deploykit.cli.terminal import Bar
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command(name="doctor")(doctor)
+    for name, function in (("compare", compare), ("gate", gate), ("report", report), ("predict", predict)):
+        app.command(name=name, no_args_is_help=True)(function)
+
+
+def doctor(json_file: o.JsonFile = None) -> int:
+    """What this machine can do: CPU features, memory, GPU, and every backend, or why it is missing.
+
+    Example:  deploykit doctor
+    """
+    from deploykit.pipeline import examination
+
+    found = examination.examine()
+    if json_file is not None:
+        show_json(found.to_json(), json_file)
+    if json_file != "-":
+        for line in found.machine_lines:
+            say(line)
+        show_rows("", ["backend", "version", "precisions", "here"], found.backend_rows, wrap=3)
+        for warning in found.warnings:
+            say(f"warning: {warning}")
+    return EXIT_FAILED if found.warnings else EXIT_PASSED
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="The reference: an .onnx file or an engine.")],
+    candidate: Annotated[Path, typer.Argument(help="What is held against it.")],
+    data: o.Data = None,
+    preprocess: o.Preprocess = None,
+    limit: o.Limit = None,
+    shapes: o.Shapes = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Rank the tensors that both graphs have by their SQNR.")] = False,
+    json_file: o.JsonFile = None,
+) -> int:
+    """Drift between two models or engines, per output and per sample.
+
+    Example:  deploykit compare model.onnx model-int8.onnx --data images/
+    """
+    from deploykit.errors import InputError
+    from deploykit.pipeline import comparing
+    from deploykit.pipeline.request import DataRequest
+
+    if data is None:
+        raise InputError("a comparison needs samples", "add --data DATA")
+    with Bar() as bar:
+        found = comparing.compare(
+            reference,
+            candidate,
+            DataRequest(data, preprocess=preprocess, limit=limit),
+            parsing.shapes(shapes),
+            bar,
+            per_layer=per_layer,
+        )
+    if json_file is not None:
+        show_json(found.to_json(), json_file)
+    if json_file != "-":
+        for line in found.lines():
+            say(line)
+        if per_layer:
+            show_rows("", ["tensor", "sqnr_db", "max_abs", "after"], found.layer_rows(), wrap=0)
+    return EXIT_PASSED
+
+
+def gate(
+    report_file: Annotated[Path, typer.Argument(metavar="REPORT", help="A run's report.json or folder.")],
+    baseline: o.Baseline = None,
+    max_drop: o.MaxDrop = None,
+    max_slowdown: o.MaxSlowdown = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
+    json_file: o.JsonFile = None,
+) -> int:
+    """The regression check for CI: 0 passed, 1 failed, 5 inconclusive; never a pass by default.
+
+    Example:  deploykit gate out/report.json --baseline base/report.json --max-drop 0.5pp --max-slowdown 5%
+    """
+    from deploykit.pipeline import delivery
+    from deploykit.stages import gate as gates
+
+    limits = gates.Limits(
+        gates.parse_drop(max_drop) if max_drop else None, gates.parse_slowdown(max_slowdown) if max_slowdown else None
+    )
+    verdict = delivery.gate(report_file, baseline, limits, junit)
+    if json_file is not None:
+        show_json(verdict.to_json(), json_file)
+    if json_file != "-":
+        for reason in verdict.reasons:
+            say(f"{reason.outcome:<13}{reason.row}: {reason.check}: {reason.message}")
+        for skipped in verdict.skipped:
+            say(f"skipped      {skipped}")
+        say(f"verdict: {verdict.outcome}")
+    return verdict.exit_code
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
+    json_file: o.JsonFile = None,
+) -> int:
+    """Renders a finished run again: the table here, and its .md, .csv and .html files anew.
+
+    Example:  deploykit report out
+    """
+    from deploykit.pipeline import delivery
+
+    found, written = delivery.render_again(folder)
+    show_report(found, json_file, [f"wrote {path}" for path in written])
+    return EXIT_PASSED
+
+
+def predict(
+    engine: Annotated[Path, typer.Argument(help="An engine or an .onnx file.")],
+    image: Annotated[str, typer.Argument(help="An image, or any DATA.")],
+    preprocess: o.Preprocess = None,
+    classes: o.Classes = None,
+    top: Annotated[int, typer.Option(help="How many classes to show.")] = 5,
+    json_file: o.JsonFile = None,
+) -> int:
+    """What an engine says of an image: its most likely classes.
+
+    Example:  deploykit predict out/engines/resnet18-openvino-int8/model.xml cat.jpg
+    """
+    from deploykit.pipeline import predicting
+
+    found = predicting.predict(engine, image, preprocess, classes, top)
+    if json_file is not None:
+        show_json(found, json_file)
+    if json_file != "-":
+        for item in found:
+            say(f"{item['sample']}:")
+            for guess in item["top"]:
+                say(f"  {guess['share'] * 100:5.1f} %  {guess['class']}")
+    return EXIT_PASSED

@@ -1,0 +1,95 @@
+"""The command line: parse, one library call, print, exit code. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+import click
+import typer
+
+from deploykit import __version__
+from deploykit.cli import commands, line_commands, look_commands
+from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
+
+app = typer.Typer(
+    name="deploykit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Takes a trained vision model and a folder of images and gives back the fastest engine for the hardware at hand "
+    "that keeps the accuracy, with the evidence.\n\nStart here:  deploykit run resnet18 --weights none --data digits -o out",
+    epilog="Exit codes: 0 passed, 1 a gate or a finding, 2 your input, 3 a backend or hardware is missing, 4 a backend failed, "
+    "5 inconclusive. Every command takes --debug to show where an error came from.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True)) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+line_commands.register(app)
+commands.register(app)
+look_commands.register(app)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with its exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    sys.exit(run(arguments, debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """The exit code of one command line. The one place where a DeploykitError becomes a message."""
+    try:
+        result = app(args=arguments, standalone_mode=False, prog_name="deploykit")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except DeploykitError as exc:
+        return _tell(exc, debug)
+    except click.exceptions.Abort:
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as exc:
+        exc.show()
+        return EXIT_INPUT
+    except typer.Exit as exc:
+        return int(exc.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({exc.filename})" if exc.filename else ""
+            return _tell(
+                OutOfSpace(f"no space left on the disk{where}", "free some space and run it again; finished steps are kept"),
+                debug,
+            )
+        if exc.filename is not None and exc.errno in (errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EROFS):
+            return _tell(DeploykitError(f"{exc.filename}: {exc.strerror}", "check the path and its permissions"), debug)
+        raise
+
+
+def _tell(exc: DeploykitError, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(exc)
+    else:
+        print(f"error: {exc}", file=sys.stderr)
+    return exc.exit_code
+
+
+def _interrupted() -> int:
+    print("interrupted; nothing half-made was left, and finished steps are kept for next time", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", help="An input as NAME:DTYPE:SHAPE, e.g. x:float32:batchx3x224x224; repeat it for several.", metavar="SPEC"
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint (.safetensors, or a state dict .pt), 'none' (random, seeded) or 'default' (downloads)."),
+]
+NumClasses = Annotated[int | None, typer.Option("--num-classes", help="Replace the classifier by one of this many classes.")]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset; by default the newest that every engine here takes.")]
+OutputsCut = Annotated[
+    str | None, typer.Option("--outputs", help="Cut the graph so that it ends at these tensors (cuts a head off).")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Samples: a folder with one sub-folder a class, a folder of images, an .npz, IDX files, 'digits' or 'random:N'."
+    ),
+]
+CalibData = Annotated[
+    str | None, typer.Option("--calib-data", help="Samples to calibrate on; by default a share of --data that never judges.")
+]
+CalibN = Annotated[int, typer.Option("-n", "--calib-n", help="How many samples calibrate, at most.")]
+Method = Annotated[str, typer.Option(help="Calibration: minmax, entropy, percentile or mse.")]
+CalibFile = Annotated[Path | None, typer.Option("--calib", help="A calibration table made by `deploykit calibrate`.")]
+Recalibrate = Annotated[bool, typer.Option("--recalibrate", help="Calibrate anew even where a table is kept.")]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(help="resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225[,layout=nhwc] or imagenet, timm, none."),
+]
+Classes = Annotated[Path | None, typer.Option(help="A file with the class names in the model's order, one a line.")]
+Limit = Annotated[int | None, typer.Option(help="Use at most this many samples of the data.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Range of an input with dynamic axes beside the batch: NAME=1x3x320x320:8x3x320x320:32x3x640x640 (min:opt:max)."
+    ),
+]
+BackendNames = Annotated[
+    str | None, typer.Option("--backend", help="Backends, separated by commas; default: all this machine has.")
+]
+PrecisionNames = Annotated[
+    str | None, typer.Option("--precision", help="Precisions, separated by commas: fp32, fp16, bf16, int8, int8-dynamic.")
+]
+TargetNames = Annotated[str | None, typer.Option("--target", help="GPU targets to build for, e.g. sm75,sm89 (T4, L4).")]
+Threads = Annotated[int | None, typer.Option(help="Threads of every row; default: every CPU this process may use.")]
+DurationName = Annotated[str, typer.Option("--duration", help="quick, standard or mlperf.")]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Where built artifacts are kept.")]
+Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure again even when nothing changed.")]
+AA = Annotated[bool, typer.Option("--aa", help="Add an A/A row: the reference again, in processes of its own.")]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", help="Write JSON to this file; '-' is standard output and nothing else there.")
+]
+MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Gate: the largest drop in top-1, e.g. 0.5pp.")]
+MaxSlowdown = Annotated[
+    str | None, typer.Option("--max-slowdown", help="Gate: the largest slow-down against the baseline, e.g. 5%.")
+]
+Baseline = Annotated[Path | None, typer.Option(help="A run's folder or report.json to hold this one against.")]

@@ -1,0 +1,69 @@
+"""Option texts into values, each with an error that shows the right form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from deploykit.errors import InputError
+
+if TYPE_CHECKING:
+    from deploykit.signature import ShapeRange, TensorSpec
+
+
+def batches(text: str) -> tuple[int, ...]:
+    """Batch sizes from `1,8,32`, in the order given, without repeats."""
+    try:
+        sizes = tuple(dict.fromkeys(int(t) for t in text.split(",")))
+    except ValueError as exc:
+        raise InputError(f"--batch '{text}' is not a list of whole numbers", "example: --batch 1,8") from exc
+    if not sizes or min(sizes) < 1 or max(sizes) > 65536:
+        raise InputError(f"--batch '{text}': every size must lie between 1 and 65536", "example: --batch 1,8")
+    return sizes
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Names from `a,b`; None when nothing was given."""
+    if text is None:
+        return None
+    found = tuple(dict.fromkeys(t.strip() for t in text.split(",") if t.strip()))
+    if not found:
+        raise InputError("an empty list of names was given", "leave the option out to have the default")
+    return found
+
+
+def inputs(texts: list[str] | None) -> tuple[TensorSpec, ...]:
+    """Tensor specs from `NAME:DTYPE:SHAPE` texts."""
+    from deploykit.source_spec import parse_input
+
+    return tuple(parse_input(text) for text in texts or ())
+
+
+def shapes(texts: list[str] | None) -> dict[str, ShapeRange]:
+    """Ranges from `NAME=1x3x320x320:8x3x320x320:32x3x640x640` (min:opt:max) texts; one shape serves for all three."""
+    from deploykit.signature import ShapeRange
+
+    found: dict[str, ShapeRange] = {}
+    for text in texts or ():
+        name, mark, rest = text.rpartition("=")
+        parts = rest.split(":")
+        if not mark or not name or len(parts) not in (1, 3):
+            raise InputError(
+                f"--shapes '{text}' is not NAME=min:opt:max", "example: --shapes x=1x3x320x320:8x3x320x320:32x3x640x640"
+            )
+        try:
+            low, opt, high = (tuple(int(d) for d in p.split("x")) for p in (parts * 3 if len(parts) == 1 else parts))
+        except ValueError as exc:
+            raise InputError(f"--shapes '{text}': a shape is whole numbers joined by x", "example: 1x3x224x224") from exc
+        if not len(low) == len(opt) == len(high):
+            raise InputError(f"--shapes '{text}': min, opt and max have different ranks")
+        if any(not 0 < a <= b <= c for a, b, c in zip(low, opt, high, strict=True)):
+            raise InputError(f"--shapes '{text}': every axis needs 0 < min <= opt <= max")
+        found[name] = ShapeRange(low, opt, high)
+    return found
+
+
+def positive(value: int | None, option: str) -> int | None:
+    """The value itself; InputError below 1."""
+    if value is not None and value < 1:
+        raise InputError(f"{option} {value} must be at least 1")
+    return value

@@ -1,0 +1,195 @@
+"""The end of the line: the verdict, and the files a run leaves in its folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from deploykit import artifact as artifacts
+from deploykit import report_document
+from deploykit.artifact import Artifact, manifest_path
+from deploykit.drift import Drift
+from deploykit.errors import InputError
+from deploykit.pipeline.line import LineResult
+from deploykit.pipeline.measuring import engine_id
+from deploykit.pipeline.request import Narrator
+from deploykit.report_document import Report, row_id
+from deploykit.stages import gate as gates
+from deploykit.stages import report as reports
+from deploykit.verdict import Verdict
+
+ENGINES = "engines"
+OUTCOMES = "outcomes"
+
+
+def check_folder(out: Path) -> None:
+    """Raises InputError when `out` cannot be a run's folder, before anything is spent on the run."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "choose a folder with -o")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as exc:
+        raise InputError(f"cannot write to {out}: {exc.strerror}", "choose another folder with -o") from exc
+
+
+def open_baseline(path: Path | None, limits: gates.Limits) -> tuple[Report, Mapping[str, Drift]] | None:
+    """The baseline's report and per-sample outcomes; None when none was given. Raises InputError for an unreadable one."""
+    if limits.max_slowdown is not None and path is None:
+        raise InputError("--max-slowdown needs something to be slower than", "add --baseline BASE, a run's folder or report.json")
+    if path is None:
+        return None
+    return report_document.load(path), outcomes_of(path)
+
+
+def outcomes_of(path: Path) -> dict[str, Drift]:
+    """Per-sample outcomes kept beside a report, by row id; empty for a lone report.json."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / OUTCOMES).is_dir():
+        return {}
+    report = report_document.load(path)
+    found: dict[str, Drift] = {}
+    for key, doc in report.drifts.items():
+        name = doc.get("outcomes")
+        if isinstance(name, str) and Path(name).name == name and (folder / OUTCOMES / name).is_file():
+            found[key] = Drift.from_json(doc).with_outcomes(folder / OUTCOMES / name)
+    return found
+
+
+def judge(
+    result: LineResult, baseline: tuple[Report, Mapping[str, Drift]] | None, limits: gates.Limits
+) -> tuple[Report, Verdict | None]:
+    """The report with its verdict, where --baseline or --max-drop asked for one."""
+    if baseline is None and limits.max_drop_pp is None and limits.max_slowdown is None:
+        return result.report, None
+    verdict = gates.judge(
+        result.report,
+        baseline[0] if baseline else None,
+        limits,
+        outcomes=_outcomes(result),
+        baseline_outcomes=baseline[1] if baseline else None,
+    )
+    return result.report.with_verdict(verdict), verdict
+
+
+def _outcomes(result: LineResult) -> dict[str, Drift]:
+    """Per-sample outcomes of every measured row, by row id."""
+    if result.results is None:
+        return {}
+    drifts = result.results.drifts
+    by_row = {e.row.id: drifts.get(engine_id(e.row)) for e in result.entries}
+    found: dict[str, Drift] = {}
+    for entry in result.entries:
+        drift = by_row[entry.row.id]
+        for row in result.report.rows:
+            same = (row.name, row.backend, row.batch) == (entry.row.name, entry.row.backend, entry.row.batch)
+            if isinstance(drift, Drift) and same and row.status == "ok" and row.precision == entry.row.precision:
+                found[row_id(row)] = drift
+    return found
+
+
+def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -> list[Path]:
+    """Writes the report's files, the per-sample outcomes and the engines into `out`; returns the report's files."""
+    narrator.step(f"write {out}")
+    outcomes = _outcomes(result)
+    folder = out / OUTCOMES
+    shutil.rmtree(folder, ignore_errors=True)
+    drifts = {key: dict(doc) for key, doc in report.drifts.items()}
+    if outcomes:
+        folder.mkdir(parents=True)
+    written: dict[int, str] = {}
+    for key, drift in outcomes.items():
+        if id(drift) not in written:
+            written[id(drift)] = f"{len(written):03d}.npz"
+            drift.save_outcomes(folder / written[id(drift)])
+        if key in drifts:
+            drifts[key]["outcomes"] = written[id(drift)]
+    _copy_engines(result, out / ENGINES)
+    return reports.write(replace(report, drifts=drifts), out)
+
+
+def _copy_engines(result: LineResult, folder: Path) -> None:
+    """Real copies of this run's engines, one folder each; what is there already and unchanged is left."""
+    wanted: dict[str, Artifact] = {}
+    for engine in result.built:
+        if not engine.options.get("backend"):
+            continue
+        parts = [str(engine.options.get("model", "model")), str(engine.options["backend"]), engine.precision]
+        if engine.device not in ("", "cpu"):
+            parts.append(engine.device)
+        wanted["-".join(parts).replace("/", "_").replace("#", "-")] = engine
+    for name, engine in wanted.items():
+        target = folder / name
+        if _same(engine, target / engine.path.name):
+            continue
+        scratch = folder / f".making-{name}-{os.getpid()}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            for file in (engine.path, manifest_path(engine.path), *(engine.path.parent / c for c in engine.companions)):
+                shutil.copy2(file, scratch / file.name)
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if old.is_dir() and old.name not in wanted and any(old.glob("*.manifest.json")):
+            shutil.rmtree(old)
+
+
+def _same(engine: Artifact, target: Path) -> bool:
+    side = manifest_path(target)
+    if not target.is_file() or not side.is_file() or side.read_bytes() != manifest_path(engine.path).read_bytes():
+        return False
+    return (
+        all((target.parent / name).is_file() for name in engine.companions)
+        and target.stat().st_size == engine.path.stat().st_size
+    )
+
+
+def gate(report_file: Path, baseline: Path | None, limits: gates.Limits, junit: Path | None) -> Verdict:
+    """The verdict on a finished run. Raises InputError for files that cannot be read and for limits that make no sense."""
+    if limits.max_drop_pp is None and limits.max_slowdown is None:
+        limits = gates.DEFAULT_LIMITS
+        if baseline is None:
+            raise InputError("nothing to judge by", "add --baseline BASE, and --max-drop 0.5pp or --max-slowdown 5%")
+    known = open_baseline(baseline, limits)
+    report = report_document.load(report_file)
+    verdict = gates.judge(
+        report,
+        known[0] if known else None,
+        limits,
+        outcomes=outcomes_of(report_file),
+        baseline_outcomes=known[1] if known else None,
+    )
+    if junit is not None:
+        from deploykit.stages.report import junit as junit_xml
+
+        artifacts.write_atomically(junit, junit_xml.text(verdict).encode())
+    return verdict
+
+
+def render_again(folder: Path) -> tuple[Report, list[Path]]:
+    """A finished run's report, its .md, .csv and .html written anew."""
+    report = report_document.load(folder)
+    target = folder if folder.is_dir() else folder.parent
+    return report, reports.write(report, target)
+
+
+def write_files(report: Report, csv: Path | None, markdown: Path | None, html: Path | None) -> list[Path]:
+    """The report in each format that a file was named for."""
+    from deploykit.stages.report import csv_table, html_page
+    from deploykit.stages.report import markdown as markdown_text
+
+    written: list[Path] = []
+    for path, text in ((csv, csv_table.text), (markdown, markdown_text.text), (html, html_page.text)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written.append(reports.write_text(text(report), path))
+    return written

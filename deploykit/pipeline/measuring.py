@@ -1,0 +1,228 @@
+"""Accuracy and speed of a set of engines, measured together and kept together.
+
+Measurements are reused only as a whole interleaved set: a ratio across two sets would compare two moods of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from deploykit import backends, hosted, machine
+from deploykit.artifact import Artifact, sha256_of
+from deploykit.children import Child
+from deploykit.drift import Drift
+from deploykit.errors import BackendFailed, DeploykitError
+from deploykit.measurement import Measurement
+from deploykit.pipeline.plan import PlannedRow
+from deploykit.pipeline.prepare import stage_version
+from deploykit.pipeline.request import Narrator, RowsRequest
+from deploykit.samples import Samples
+from deploykit.session import OpenRequest
+from deploykit.signature import Feeds, Outputs
+from deploykit.stages import accuracy, bench
+from deploykit.store import Key, Store
+
+POOL_SIZE = 4
+ACCURACY_BATCH_LIMIT = 32
+OPEN_AT_ONCE = 4
+INFER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row that is going to run, with its engine."""
+
+    row: PlannedRow
+    engine: Artifact
+    options: Mapping[str, Any]
+
+    def request(self, batch: int, rows: RowsRequest, threads: int) -> OpenRequest:
+        """How to open the engine at a batch."""
+        return OpenRequest(self.row.precision, batch, threads, dict(rows.shapes), dict(self.options))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured: by row id the Measurement, by engine the Drift; or the error in its place."""
+
+    measured: Mapping[str, Measurement | DeploykitError]
+    drifts: Mapping[str, Drift | DeploykitError]
+    taken_at: str
+    reused: bool
+    references: Mapping[int, str] = field(default_factory=dict)
+
+
+def engine_id(row: PlannedRow) -> str:
+    """The engine of a row in words: what a Drift belongs to."""
+    return " ".join(part for part in row.engine_key if part != "cpu")
+
+
+def take(
+    entries: Sequence[Entry],
+    predictions: Sequence[Entry],
+    judge: Samples | None,
+    pools: Mapping[int, list[Feeds]],
+    pool_digest: str,
+    rows: RowsRequest,
+    store: Store,
+    narrator: Narrator,
+) -> Results:
+    """Accuracy, then speed, of all entries: from the store when the very same set was measured on this machine before."""
+    threads = rows.threads or _threads()
+    key = _key([*entries, *predictions], judge, pool_digest, rows, threads)
+    folder_name = "measurements"
+    references = {e.row.batch: e.row.id for e in entries if e.row.reference}
+    if rows.remeasure:
+        store.drop(folder_name, key)
+    found = store.find(folder_name, key)
+    if found is not None:
+        return replace(_read(found), references=references)
+    drifts = _accuracy([*entries, *predictions], judge, rows, threads, narrator) if judge is not None else {}
+    speeds = _speed(entries, pools, rows, threads, narrator)
+    results = Results(speeds, drifts, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), False, references)
+    if not any(isinstance(x, DeploykitError) for x in [*speeds.values(), *drifts.values()]):
+        store.make(folder_name, key, lambda folder: _write(results, folder, entries[0].engine))
+    return results
+
+
+def _threads() -> int:
+    from deploykit.children import available_threads
+
+    return available_threads()
+
+
+def _key(entries: Sequence[Entry], judge: Samples | None, pool: str, rows: RowsRequest, threads: int) -> Key:
+    engines = [[e.row.id, e.row.reference, e.engine.sha256, e.engine.parent, dict(e.options)] for e in entries]
+    modules = [Path(backends.__file__).parent / f"{backends.MODULES[n]}.py" for n in sorted({e.row.backend for e in entries})]
+    versions: dict[str, str] = {}
+    for entry in entries:
+        versions.update(backends.get(entry.row.backend).versions())
+    options = {
+        "engines": engines,
+        "judge": judge.digest if judge is not None else None,
+        "labels": hashlib.sha256(repr(judge.labels).encode()).hexdigest() if judge is not None else None,
+        "pool": pool,
+        "threads": threads,
+        "duration": rows.duration,
+        "aa": rows.aa,
+        "shapes": repr(sorted(rows.shapes.items())),
+        "machine": machine.fingerprint(),
+    }
+    return Key("measure", stage_version("measure", *modules), None, options, versions)
+
+
+def _speed(
+    entries: Sequence[Entry], pools: Mapping[int, list[Feeds]], rows: RowsRequest, threads: int, narrator: Narrator
+) -> dict[str, Measurement | DeploykitError]:
+    narrator.step("bench")
+    targets = []
+    for entry in entries:
+        row = entry.row
+        target = bench.Target(
+            row.id,
+            row.backend,
+            entry.engine.path,
+            entry.request(row.batch, rows, threads),
+            group=f"{row.name} batch {row.batch}",
+            reference=row.reference,
+        )
+        targets.append(target)
+        if rows.aa and row.reference:
+            targets.append(bench.again(target, AA_SUFFIX))
+    return bench.measure(targets, pools, bench.duration(rows.duration), progress=narrator.progress)
+
+
+AA_SUFFIX = " A/A"
+
+
+def _accuracy(
+    entries: Sequence[Entry], judge: Samples, rows: RowsRequest, threads: int, narrator: Narrator
+) -> dict[str, Drift | DeploykitError]:
+    """The drift of every engine of one model against the reference engine, batch by batch through all of them."""
+    narrator.step(f"accuracy on {len(judge)} samples")
+    engines: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda e: -e.row.batch):
+        if entry.row.batch <= ACCURACY_BATCH_LIMIT or engine_id(entry.row) not in engines:
+            engines.setdefault(engine_id(entry.row), entry)
+    reference = next(e for e in engines.values() if e.row.reference)
+    batch = reference.row.batch
+    others = [e for e in engines.values() if not e.row.reference]
+    found: dict[str, Drift | DeploykitError] = {}
+    for start in range(0, max(1, len(others)), OPEN_AT_ONCE):
+        part = others[start : start + OPEN_AT_ONCE]
+        with contextlib.ExitStack() as stack:
+            base = _open(stack, reference, batch, rows, threads)
+            calls: dict[str, accuracy.InferFn] = {}
+            for entry in part:
+                try:
+                    calls[engine_id(entry.row)] = _open(stack, entry, batch, rows, threads)
+                except DeploykitError as exc:
+                    found[engine_id(entry.row)] = exc
+
+            def tell(what: str, share: float, start: int = start) -> None:
+                narrator.progress(what, (start + share * OPEN_AT_ONCE) / max(len(others), OPEN_AT_ONCE))
+
+            measured = accuracy.measure(judge, base, calls, batch=batch, progress=tell)
+            own = measured.pop(accuracy.REFERENCE)
+            found[engine_id(reference.row)] = own
+            found.update(measured)
+    return found
+
+
+def _open(stack: contextlib.ExitStack, entry: Entry, batch: int, rows: RowsRequest, threads: int) -> accuracy.InferFn:
+    """A call that infers one batch in a child process of its own; the child rests (SIGSTOP) in between."""
+    child = stack.enter_context(_child(entry, threads))
+    child.call(
+        hosted.open_engine, entry.row.backend, entry.engine.path, entry.request(batch, rows, threads), timeout_s=INFER_TIMEOUT_S
+    )
+    child.pause()
+
+    def infer(feeds: Feeds) -> Outputs:
+        child.resume()
+        outputs = child.call(hosted.infer, feeds, timeout_s=INFER_TIMEOUT_S)
+        child.pause()
+        return outputs
+
+    return infer
+
+
+@contextlib.contextmanager
+def _child(entry: Entry, threads: int) -> Iterator[Child]:
+    child = Child(engine_id(entry.row), threads=threads)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.close()
+
+
+def _write(results: Results, folder: Path, model: Artifact) -> Artifact:
+    drifts: dict[str, Any] = {}
+    companions: dict[str, str] = {}
+    for number, (name, drift) in enumerate(results.drifts.items()):
+        if isinstance(drift, DeploykitError):
+            raise BackendFailed(f"{name}: {drift}")
+        file = folder / f"outcomes-{number}.npz"
+        drift.save_outcomes(file)
+        companions[file.name] = sha256_of(file)
+        drifts[name] = {"drift": drift.to_json(), "outcomes": file.name}
+    measured = {k: m.to_json() for k, m in results.measured.items() if isinstance(m, Measurement)}
+    path = folder / "measurements.json"
+    path.write_text(json.dumps({"taken_at": results.taken_at, "measured": measured, "drifts": drifts}))
+    return Artifact(path, "measurements", "none", model.signature, "measure", companions=companions)
+
+
+def _read(kept: Artifact) -> Results:
+    doc = json.loads(kept.path.read_text())
+    drifts = {
+        name: Drift.from_json(d["drift"]).with_outcomes(kept.path.parent / d["outcomes"]) for name, d in doc["drifts"].items()
+    }
+    measured = {name: Measurement.from_json(m) for name, m in doc["measured"].items()}
+    return Results(measured, drifts, doc["taken_at"], True)

@@ -1,0 +1,356 @@
+"""Everything before an engine is measured: source -> graph -> findings -> calibration -> precision -> engine.
+
+Each step is one stage run in a child process, kept in the store under a key of all that went in, so that a second run
+makes again only what has changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deploykit import artifact as artifacts
+from deploykit import backends, children
+from deploykit.artifact import Artifact
+from deploykit.calibration_table import CalibrationTable
+from deploykit.errors import InputError
+from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
+from deploykit.samples import Samples
+from deploykit.session import BuildRequest
+from deploykit.signature import ShapeRange, Signature
+from deploykit.source_spec import SourceSpec
+from deploykit.source_spec import parse as parse_source
+from deploykit.store import Key, Store, source_hash
+from deploykit.verdict import Finding
+
+STAGE_TIMEOUT_S = 1800.0
+_PACKAGE = Path(__file__).parent.parent
+
+# What each stage is made of: its version is a hash of these files.
+_CODE: Mapping[str, tuple[str, ...]] = {
+    "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py"),
+    "source": ("stages/export*.py", "stages/source*.py", "source_spec.py"),
+    "check": ("stages/checks/*.py", "graph.py"),
+    "calibrate": ("stages/calibration.py", "histogram.py", "calibration_table.py", "graph.py", "data/*.py", "preprocess.py"),
+    "precision": ("stages/precision/*.py", "graph.py"),
+    "engine": ("session.py", "pipeline/prepare.py"),
+    "measure": ("hosted.py", "stages/bench.py", "stages/accuracy.py", "measurement.py", "drift.py", "data/*.py", "preprocess.py"),
+}
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "export": ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
+    "source": ("torch", "torchvision", "timm"),
+    "check": ("onnx", "onnxruntime"),
+    "calibrate": ("onnxruntime", "numpy", "pillow"),
+    "precision": ("onnx", "onnxruntime", "numpy"),
+}
+
+QUANTIZED_OPS = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeLinear",
+}
+
+
+def stage_version(stage: str, *more: Path) -> str:
+    """A hash of the source code that the stage is made of."""
+    files = [f for pattern in _CODE[stage] for f in sorted(_PACKAGE.glob(pattern))]
+    return source_hash(*files, *more)
+
+
+def package_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Versions of the installed ones of these packages, without importing them."""
+    found: dict[str, str] = {}
+    for name in names:
+        for wheel in (name, f"{name}-gpu") if name == "onnxruntime" else (name,):
+            try:
+                found[wheel] = metadata.version(wheel)
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+@dataclass
+class Workshop:
+    """One model on its way through the stages: what is made is kept here and in the store."""
+
+    store: Store
+    narrator: Narrator
+    spec: SourceSpec
+    model: Artifact
+    source: Artifact | None
+    findings: tuple[Finding, ...] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    graphs: dict[str, Artifact] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+    tables: dict[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model's name: the table's first column and the store's folder."""
+        return self.spec.name
+
+    @property
+    def signature(self) -> Signature:
+        """The exported graph's signature."""
+        return self.model.signature
+
+    @property
+    def base_precision(self) -> str:
+        """The precision the given graph already has: int8 when it holds quantized nodes, else its weights'."""
+        ops = set(self.summary.get("ops", {}))
+        if ops & QUANTIZED_OPS:
+            return "int8"
+        return "fp16" if self.summary.get("weights_dtype") == "float16" else "fp32"
+
+    def keep(
+        self,
+        stage: str,
+        what: str,
+        parent: str | None,
+        options: Mapping[str, Any],
+        build: Callable[[Path], Artifact],
+        *,
+        versions: Mapping[str, str] | None = None,
+        code: tuple[Path, ...] = (),
+        fresh: bool = False,
+    ) -> Artifact:
+        """The artifact of one stage, from the store or made now. With `fresh` an old one is dropped first."""
+        known = package_versions(_PACKAGES[stage]) if versions is None else dict(versions)
+        key = Key(what.replace(" ", "-"), stage_version(stage, *code), parent, options, known)
+        if fresh:
+            self.store.drop(self.name, key)
+
+        def fill(folder: Path) -> Artifact:
+            self.narrator.step(f"{what} ({self.name})")
+            start = time.perf_counter()
+            made = build(folder)
+            facts = {"build_s": time.perf_counter() - start, **made.facts}
+            return replace(made, options={**options, **made.options}, versions={**known, **made.versions}, facts=facts)
+
+        found, reused = self.store.make(self.name, key, fill)
+        (self.reused if reused else self.made).append(what)
+        return found
+
+    def child(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function(*args)` returns, run in a child process; its progress is told on."""
+        return children.run(what, function, *args, timeout_s=STAGE_TIMEOUT_S, progress=self.narrator.progress)
+
+
+def proof_batches(batches: tuple[int, ...]) -> tuple[int, ...]:
+    """The batch sizes an export is proven at: 1, 2, an odd one and the largest."""
+    return tuple(sorted({1, 2, 7, max(batches)}))
+
+
+def open_source(request: SourceRequest, store: Store, narrator: Narrator, *, batches: tuple[int, ...]) -> Workshop:
+    """The workshop of a model, exported to ONNX (or its .onnx adopted) and proven. Raises what export raises."""
+    spec = parse_source(request.text, weights=request.weights, num_classes=request.num_classes, inputs=request.inputs)
+    shop = Workshop(store, narrator, spec, model=_NOTHING, source=None)
+    proof = proof_batches(batches)
+    options = {"spec": spec.to_json(), "batches": list(proof), "opset": request.opset, "outputs": list(request.outputs or ())}
+
+    def build(folder: Path) -> Artifact:
+        made: Artifact = shop.child("export", to_onnx, spec, folder / "model.onnx", proof, request.opset, request.outputs)
+        return made
+
+    digest = spec.digest()
+    model = shop.keep("export", "export", digest, options, build)
+    if _changed(model.facts.get("local_files", {})):
+        model = shop.keep("export", "export", digest, options, build, fresh=True)
+    shop.model = model
+    shop.graphs["fp32"] = model
+    if spec.kind != "onnx":
+        from deploykit.stages import export
+
+        local = dict(model.facts.get("local_files", {}))
+        shop.source = shop.keep(
+            "source",
+            "source",
+            digest,
+            {"spec": spec.to_json(), "local_files": local},
+            lambda folder: replace(export.source_artifact(spec, folder / "source.json"), signature=model.signature),
+        )
+    return shop
+
+
+def to_onnx(
+    spec: SourceSpec, path: Path, batches: tuple[int, ...], opset: int | None, outputs: tuple[str, ...] | None
+) -> Artifact:
+    """The export stage; runs in a child process."""
+    from deploykit.stages import export
+
+    return export.to_onnx(spec, path, batches=batches, opset=opset, outputs=outputs)
+
+
+def _changed(files: Mapping[str, str]) -> bool:
+    return any(not Path(name).is_file() or artifacts.sha256_of(Path(name)) != sha for name, sha in files.items())
+
+
+def check(shop: Workshop, targets: tuple[str, ...]) -> None:
+    """Fills in the findings and the summary of the FP32 graph."""
+    from deploykit.stages import checks
+
+    def build(folder: Path) -> Artifact:
+        findings = shop.child("check", checks.find, shop.model.path, targets)
+        summary = shop.child("check", checks.summary, shop.model.path)
+        doc = {"findings": [f.to_json() for f in findings], "summary": summary.to_json()}
+        (folder / "findings.json").write_text(json.dumps(doc, indent=1))
+        return replace(
+            shop.model,
+            path=folder / "findings.json",
+            format="findings",
+            stage="check",
+            parent=shop.model.sha256,
+            facts={},
+            companions={},
+        )
+
+    made = shop.keep("check", "check", shop.model.sha256, {"targets": sorted(targets)}, build)
+    doc = json.loads(made.path.read_text())
+    shop.findings = tuple(Finding(**f) for f in doc["findings"])
+    shop.summary = doc["summary"]
+
+
+def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifact:
+    """The calibration table's artifact: the one given, or made from `samples` (kept by fingerprint)."""
+    method = request.method
+    if method in shop.tables:
+        return shop.tables[method]
+
+    def build(folder: Path) -> Artifact:
+        table = shop.child("calibrate", collect_table, shop.model.path, samples, method)
+        table.save(folder / "calib.json")
+        return replace(
+            shop.model,
+            path=folder / "calib.json",
+            format="calibration",
+            stage="calibrate",
+            parent=shop.model.sha256,
+            facts={"samples": samples.describe(), "method": method},
+            companions={},
+        )
+
+    options = {"method": method, "samples": samples.digest, "n": len(samples)}
+    made = shop.keep("calibrate", f"calibrate {method}", shop.model.sha256, options, build, fresh=request.recalibrate)
+    shop.tables[method] = made
+    return made
+
+
+def collect_table(path: Path, samples: Samples, method: str) -> CalibrationTable:
+    from deploykit.stages import calibration
+
+    return calibration.collect(path, samples, methods=(method,))[method]
+
+
+def given_table(shop: Workshop, path: Path) -> Artifact:
+    """The artifact of a calibration table that the user gave. Raises StaleCalibration when it is another model's."""
+
+    def build(folder: Path) -> Artifact:
+        table = CalibrationTable.load(path)
+        table.require_match(model_sha256=_digest(shop))
+        table.save(folder / "calib.json")
+        return replace(
+            shop.model,
+            path=folder / "calib.json",
+            format="calibration",
+            stage="calibrate",
+            parent=shop.model.sha256,
+            facts={},
+            companions={},
+        )
+
+    if not path.is_file():
+        raise InputError(
+            f"there is no calibration table {path}", "make one with: deploykit calibrate m.onnx --data DATA -o calib.json"
+        )
+    return shop.keep("calibrate", "calibration table", shop.model.sha256, {"table": artifacts.sha256_of(path)}, build)
+
+
+def _digest(shop: Workshop) -> str:
+    return str(shop.child("digest", _digest_of, shop.model.path))
+
+
+def _digest_of(path: Path) -> str:
+    from deploykit import graph
+
+    return graph.digest(graph.load(path))
+
+
+def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artifact:
+    """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic. Raises InputError when it
+    cannot be made (no data to calibrate with), and what the precision stage raises."""
+    from deploykit.stages import precision
+
+    if kind == "source":
+        if shop.source is None:
+            raise InputError("this backend needs the PyTorch source", "give the source instead of an .onnx file")
+        return shop.source
+    if kind in shop.graphs:
+        return shop.graphs[kind]
+    path = shop.model.path
+    parent, options = shop.model.sha256, {"kind": kind}
+    if kind == "fp16":
+        make: Callable[[Path], Artifact] = lambda folder: shop.child(kind, precision.to_fp16, path, folder / "model.onnx")  # noqa: E731
+    elif kind == "int8-dynamic":
+        make = lambda folder: shop.child(kind, precision.to_int8_dynamic, path, folder / "model.onnx")  # noqa: E731
+    elif kind in ("int8-cpu", "int8-tensorrt"):
+        calibrated = table()
+        options["table"] = calibrated.sha256
+        loaded = CalibrationTable.load(calibrated.path)
+        if kind == "int8-cpu":
+            make = lambda folder: shop.child(kind, precision.to_int8, path, loaded, "cpu", folder / "model.onnx")  # noqa: E731
+        else:
+            make = lambda folder: shop.child(kind, precision.to_int8_fp16, path, loaded, folder / "model.onnx")  # noqa: E731
+    else:
+        raise InputError(f"there is no graph of kind '{kind}'")
+    shop.graphs[kind] = shop.keep("precision", kind, parent, options, make)
+    return shop.graphs[kind]
+
+
+def engine(
+    shop: Workshop,
+    backend_name: str,
+    precision: str,
+    target: str,
+    batches: tuple[int, ...],
+    shapes: Mapping[str, ShapeRange],
+    graph: Artifact,
+) -> Artifact:
+    """The engine of one (backend, precision, target), built in a child process. Raises what the backend raises."""
+    backend = backends.get(backend_name)
+    request = BuildRequest(precision, target, batches, dict(shapes))
+    options = {
+        "backend": backend_name,
+        "precision": precision,
+        "target": target,
+        "batches": list(batches),
+        "model": shop.name,
+        "shapes": {name: [list(r.min), list(r.opt), list(r.max)] for name, r in shapes.items()},
+    }
+    module = Path(str(importlib.import_module(f"deploykit.backends.{backends.MODULES[backend_name]}").__file__))
+    extra = tuple(sorted((_PACKAGE / "trt").glob("*.py"))) if backend_name.startswith("tensorrt") else ()
+    what = f"{backend_name} {precision}" + ("" if target == "cpu" else f" {target}")
+
+    def build(folder: Path) -> Artifact:
+        made: Artifact = shop.child(f"build {what}", build_engine, backend_name, graph, request, folder)
+        return replace(made, precision=precision, device=target, parent=graph.sha256)
+
+    return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=(module, *extra))
+
+
+def build_engine(backend_name: str, graph: Artifact, request: BuildRequest, folder: Path) -> Artifact:
+    """What the backend builds; runs in a child process."""
+    return backends.get(backend_name).build(graph, request, folder)
+
+
+_NOTHING = Artifact(Path(), "none", "none", Signature((), ()), "none")

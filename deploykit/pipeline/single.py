@@ -1,0 +1,357 @@
+"""One stage alone, on files: what `export`, `check`, `calibrate`, `quantize`, `build` and `build-trt` do.
+
+Each takes a file (with its manifest, where there is one) and delivers a file with a manifest, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploykit import artifact as artifacts
+from deploykit import backends, children, data, preprocess
+from deploykit.artifact import Artifact, manifest_path
+from deploykit.calibration_table import CalibrationTable
+from deploykit.errors import InputError, MissingBackend, UnknownName
+from deploykit.pipeline import prepare
+from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
+from deploykit.preprocess import Preprocess
+from deploykit.samples import Samples
+from deploykit.session import BuildRequest
+from deploykit.signature import ShapeRange, Signature
+from deploykit.source_spec import parse as parse_source
+from deploykit.verdict import Finding
+
+TIMEOUT_S = prepare.STAGE_TIMEOUT_S
+MODES = ("static", "dynamic", "fp16", "mixed")
+LAYOUTS = ("cpu", "tensorrt")
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A temporary folder in the file system of `out`, gone afterwards. Raises InputError where nothing can be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".making-"))
+    except OSError as exc:
+        raise InputError(f"cannot write to {out.parent}: {exc.strerror}", "choose another place with -o") from exc
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def deliver(made: Artifact, out: Path) -> Artifact:
+    """Moves an artifact out of its scratch folder to `out`, manifest last, so that a reader never finds half of it."""
+    manifest_path(out).unlink(missing_ok=True)
+    for name in made.companions:
+        os.replace(made.path.parent / name, out.parent / name)
+    os.replace(made.path, out)
+    return replace(made, path=out).save()
+
+
+def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narrator: Narrator) -> Artifact:
+    """The source as an ONNX file at `out`, proven at 1, 2, an odd size and the largest of `batches`."""
+    _needs_suffix(out, ".onnx")
+    spec = parse_source(request.text, weights=request.weights, num_classes=request.num_classes, inputs=request.inputs)
+    proof = prepare.proof_batches(tuple(batches))
+    narrator.step(f"export {spec.name}")
+    with scratch_beside(out) as folder:
+        made: Artifact = children.run(
+            "export",
+            prepare.to_onnx,
+            spec,
+            folder / out.name,
+            proof,
+            request.opset,
+            request.outputs,
+            timeout_s=TIMEOUT_S,
+            progress=narrator.progress,
+        )
+        options = {"spec": spec.to_json(), "batches": list(proof), "opset": request.opset, "outputs": list(request.outputs or ())}
+        return deliver(replace(made, options={**options, **made.options}, parent=spec.digest()), out)
+
+
+def _needs_suffix(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise InputError(f"-o {out} should end in {suffix}", f"example: -o {out.stem or 'model'}{suffix}")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a graph was found to be."""
+
+    findings: tuple[Finding, ...]
+    summary: Mapping[str, Any]
+
+
+def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checked:
+    """The findings on an ONNX file and its summary. Raises ModelError for what is no ONNX file."""
+    from deploykit.stages import checks
+
+    narrator.step(f"check {path.name}")
+    findings = children.run("check", checks.find, path, tuple(targets), timeout_s=TIMEOUT_S, progress=narrator.progress)
+    summary = children.run("check", checks.summary, path, timeout_s=TIMEOUT_S)
+    return Checked(tuple(findings), summary.to_json())
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An .onnx file as a stage takes it: its signature, digest, and the preprocessing its manifest speaks of."""
+
+    artifact: Artifact
+    digest: str
+    preprocess: Preprocess | None
+    classes: tuple[str, ...] | None
+
+
+def open_model(path: Path) -> ModelFile:
+    """The model file at `path`, with what its manifest knows, where it has one."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not an .onnx file")
+    signature, digest = children.run("read", _read_model, path)
+    if manifest_path(path).is_file():
+        known = artifacts.load(path)
+        facts = known.facts
+        own = Preprocess.from_json(facts["preprocess"]) if facts.get("preprocess") else None
+        classes = tuple(facts["classes"]) if facts.get("classes") else None
+        return ModelFile(known, digest, own, classes)
+    bare = Artifact(path, "onnx", "fp32", signature, "given", sha256=artifacts.sha256_of(path))
+    return ModelFile(bare, digest, None, None)
+
+
+def _read_model(path: Path) -> tuple[Signature, str]:
+    from deploykit import graph
+
+    model = graph.load(path)
+    return graph.signature(model), graph.digest(model)
+
+
+def open_data(model: ModelFile, spec: str, request: DataRequest, shapes: Mapping[str, ShapeRange]) -> Samples:
+    """The samples of DATA for that model, with --preprocess, or its manifest's own preprocessing."""
+    own = model.preprocess
+    if request.preprocess == "timm" and own is None:
+        raise InputError(
+            "--preprocess timm: the model's manifest names no preprocessing", "give resize=..,crop=..,mean=..,std=.."
+        )
+    if request.preprocess not in (None, "timm"):
+        own = preprocess.parse(request.preprocess)
+    return data.open(spec, model.artifact.signature, preprocess=own, classes=model.classes, limit=request.limit, shapes=shapes)
+
+
+def calibrate_file(
+    path: Path, request: DataRequest, out: Path, trt_cache: Path | None, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> CalibrationTable:
+    """The calibration table of a model over DATA, written to `out` (and as TensorRT's text cache)."""
+    from deploykit import trt_cache as text_cache
+
+    model = open_model(path)
+    if request.data is None:
+        raise InputError("calibration needs samples", "add --data DATA")
+    samples = open_data(model, request.data, request, shapes)
+    count = min(request.calib_n, len(samples))
+    chosen = data.spread(samples, count, role="calibrate")
+    if out.is_file() and not request.recalibrate:
+        kept = CalibrationTable.load(out)
+        kept.require_match(model_sha256=model.digest, samples_digest=chosen.digest, method=request.method)
+        table = kept
+    else:
+        narrator.step(f"calibrate {path.name} on {count} samples, {request.method}")
+        table = children.run(
+            "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
+        )
+        table.save(out)
+    if trt_cache is not None:
+        artifacts.write_atomically(trt_cache, text_cache.to_text(table).encode())
+    return table
+
+
+def quantize_file(
+    path: Path, mode: str, layout: str, out: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> Artifact:
+    """The model with precision written into the graph, at `out`."""
+    if mode not in MODES:
+        raise UnknownName("mode", mode, MODES)
+    if layout not in LAYOUTS:
+        raise UnknownName("layout", layout, LAYOUTS)
+    _needs_suffix(out, ".onnx")
+    if mode == "mixed":
+        raise MissingBackend(
+            "--mode mixed is not in this version of deploykit", "use --mode static, then `deploykit compare` to see what it costs"
+        )
+    model = open_model(path)
+    table = _table(model, path, request, narrator, shapes) if mode == "static" else None
+    narrator.step(f"quantize {path.name} {mode}")
+    with scratch_beside(out) as folder:
+        made: Artifact = children.run(
+            "quantize", _quantize, path, mode, layout, table, folder / out.name, timeout_s=TIMEOUT_S, progress=narrator.progress
+        )
+        kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
+        made = replace(
+            made,
+            parent=model.artifact.sha256,
+            facts={**kept, **made.facts},
+            options={"mode": mode, "layout": layout, **made.options},
+        )
+        return deliver(made, out)
+
+
+def _table(
+    model: ModelFile, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> CalibrationTable:
+    if request.calib_table is not None:
+        table = CalibrationTable.load(request.calib_table)
+        table.require_match(model_sha256=model.digest)
+        return table
+    if request.data is None:
+        raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
+    samples = open_data(model, request.data, request, shapes)
+    chosen = data.spread(samples, min(request.calib_n, len(samples)), role="calibrate")
+    narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
+    return children.run(
+        "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
+    )
+
+
+def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None, out: Path) -> Artifact:
+    from deploykit.stages import precision
+
+    if mode == "fp16":
+        return precision.to_fp16(path, out)
+    if mode == "dynamic":
+        return precision.to_int8_dynamic(path, out)
+    assert table is not None
+    return precision.to_int8(path, table, "tensorrt" if layout == "tensorrt" else "cpu", out)
+
+
+def build_file(
+    path: Path,
+    backend_name: str,
+    wanted: BuildRequest,
+    out: Path,
+    request: DataRequest,
+    narrator: Narrator,
+    *,
+    allow: bool = False,
+) -> Artifact:
+    """One engine of an .onnx file in the folder `out`, with its manifest; `allow` builds what the backend would not vouch for."""
+    backend = backends.get(backend_name)
+    missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
+    if missing is not None:
+        raise MissingBackend(f"{backend_name} {wanted.precision}: {missing.why}", missing.remedy)
+    kind = backend.graph(wanted.precision)
+    if kind == "source":
+        raise InputError(
+            f"{backend_name} runs PyTorch sources, not .onnx files", "give the source to `deploykit run` or `deploykit bench`"
+        )
+    model = open_model(path)
+    with scratch_beside(out / "engine") as folder:
+        graph = _graph(model, kind, folder / "graph.onnx", request, narrator, wanted.shapes)
+        narrator.step(f"build {backend_name} {wanted.precision} {wanted.target}")
+        start = time.perf_counter()
+        target_folder = folder / "built"
+        target_folder.mkdir()
+        made: Artifact = children.run(
+            f"build {backend_name}",
+            prepare.build_engine,
+            backend_name,
+            graph,
+            wanted,
+            target_folder,
+            timeout_s=TIMEOUT_S,
+            progress=narrator.progress,
+        )
+        options = {
+            "backend": backend_name,
+            "precision": wanted.precision,
+            "target": wanted.target,
+            "batches": list(wanted.batches),
+            "model": path.stem,
+        }
+        made = replace(
+            made,
+            stage="engine",
+            precision=wanted.precision,
+            device=wanted.target,
+            parent=graph.sha256,
+            options={**made.options, **options},
+            versions={**made.versions, **backend.versions()},
+            facts={"build_s": time.perf_counter() - start, **made.facts},
+        )
+        name = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
+        return _deliver_engine(made, out / name)
+
+
+def _deliver_engine(made: Artifact, folder: Path) -> Artifact:
+    """The finished engine as a folder of its own; an older one of the same name is replaced in one step."""
+    made.save()
+    if folder.exists():
+        if not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
+            raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
+        old = folder.with_name(f".making-old-{folder.name}-{os.getpid()}")
+        os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+    os.rename(made.path.parent, folder)
+    return artifacts.load(folder / made.path.name)
+
+
+def _graph(
+    model: ModelFile, kind: str, out: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> Artifact:
+    """The graph of that kind, made from the model file; the file itself where it has that precision already."""
+    given = model.artifact
+    if kind == "fp32" or (kind.startswith("int8") and children.run("read", _is_quantized, given.path)):
+        return given
+    table = _table(model, given.path, request, narrator, shapes) if kind in ("int8-cpu", "int8-tensorrt") else None
+    made: Artifact = children.run(kind, _make_graph, given.path, kind, table, out, timeout_s=TIMEOUT_S)
+    return made.save()
+
+
+def _is_quantized(path: Path) -> bool:
+    from deploykit import graph
+
+    return bool({node.op_type for node in graph.load(path).graph.node} & prepare.QUANTIZED_OPS)
+
+
+def _make_graph(path: Path, kind: str, table: CalibrationTable | None, out: Path) -> Artifact:
+    from deploykit.stages import precision
+
+    makers: dict[str, Callable[[], Artifact]] = {
+        "fp16": lambda: precision.to_fp16(path, out),
+        "int8-dynamic": lambda: precision.to_int8_dynamic(path, out),
+    }
+    if kind in makers:
+        return makers[kind]()
+    assert table is not None
+    return precision.to_int8(path, table, "cpu", out) if kind == "int8-cpu" else precision.to_int8_fp16(path, table, out)
+
+
+def proof_lines(made: Artifact) -> list[str]:
+    """What an export has proven, in words."""
+    proof = made.facts.get("proof") or []
+    lines = [
+        f"proven against the source at batch {row['batch']}: max abs difference {row['max_abs']:.2g}"
+        for row in proof
+        if "max_abs" in row
+    ]
+    return [*lines, *fact_lines(made)]
+
+
+def fact_lines(made: Artifact) -> list[str]:
+    """The notes and warnings an artifact carries."""
+    return [f"note: {note}" for note in made.facts.get("notes", [])]
+
+
+def summary_line(path: Path, found: Checked) -> str:
+    """The graph in one line."""
+    s = found.summary
+    macs = s.get("macs")
+    work = f"{macs / 1e6:.0f} M multiply-accumulates a sample" if macs else "operations unknown"
+    return f"{path}: opset {s.get('opset')}, {s.get('parameters', 0) / 1e6:.2f} M parameters, {s.get('size_bytes', 0) / 1e6:.1f} MB, {work}"

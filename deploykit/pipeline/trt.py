@@ -1,0 +1,87 @@
+"""build-trt: TensorRT engines of an .onnx file, one per target and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploykit import backends
+from deploykit.artifact import Artifact
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, MissingBackend, UnknownName
+from deploykit.pipeline import single
+from deploykit.pipeline.request import DataRequest, Narrator
+from deploykit.session import BuildRequest
+from deploykit.signature import ShapeRange
+
+CHOICES = {"auto": "", "rtx": "tensorrt-rtx", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class TrtRequest:
+    """Which engines to build."""
+
+    model: Path
+    precisions: tuple[str, ...]
+    targets: tuple[str, ...] | None
+    batches: tuple[int, ...]
+    backend: str
+    allow_fallback: bool
+    shapes: Mapping[str, ShapeRange]
+
+
+@dataclass(frozen=True)
+class TrtResult:
+    """The engines, what to know about them, and the exit code."""
+
+    engines: tuple[Artifact, ...]
+    warnings: tuple[str, ...]
+    exit_code: int
+
+
+def backend_for(choice: str) -> str:
+    """The backend that --backend names; auto: full TensorRT where it imports and a GPU is there, else TensorRT-RTX."""
+    if choice not in CHOICES:
+        raise UnknownName("TensorRT backend", choice, CHOICES)
+    if CHOICES[choice]:
+        return CHOICES[choice]
+    if "tensorrt" in backends.names():
+        full = backends.get("tensorrt")
+        if full.missing() is None and full.cannot_run() is None:
+            return "tensorrt"
+    return "tensorrt-rtx"
+
+
+def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator) -> TrtResult:
+    """Builds every engine asked for. An engine whose layers run in another precision than asked is a failure, unless
+    fallback is allowed; a target that cannot have the precision at all is one too."""
+    name = backend_for(request.backend)
+    backend = backends.get(name)
+    missing = backend.missing()
+    if missing is not None:
+        raise MissingBackend(f"{name}: {missing.why}", missing.remedy)
+    for target in request.targets or ():
+        if target not in backend.all_targets():
+            raise UnknownName("target", target, backend.all_targets())
+    engines: list[Artifact] = []
+    warnings: list[str] = []
+    failed = False
+    for target in request.targets or backend.targets():
+        for precision in request.precisions:
+            cannot = backend.unsupported(precision, target)
+            if cannot is not None and not (request.allow_fallback and precision == "int8"):
+                warnings.append(f"not built: {precision} for {target}: {cannot}")
+                failed = True
+                continue
+            wanted = BuildRequest(
+                precision, target, request.batches, dict(request.shapes), {"allow_fallback": request.allow_fallback}
+            )
+            engine = single.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None)
+            engines.append(engine)
+            fell_back = engine.facts.get("fell_back")
+            if fell_back and not request.allow_fallback:
+                warnings.append(f"{engine.path.name} for {target}: {fell_back}; --allow-fallback accepts it")
+                failed = True
+    if not engines and failed:
+        raise BackendFailed("; ".join(warnings), "choose another --target or precision")
+    return TrtResult(tuple(engines), tuple(warnings), EXIT_FAILED if failed else EXIT_PASSED)
