@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from deploykit.stages.precision.dynamic import to_int8_dynamic
+from deploykit.stages.precision.fp16 import to_fp16, to_int8_fp16
 from deploykit.stages.precision.int8 import to_int8
 from deploykit.stages.precision.options import LAYOUTS, WEIGHT_SCALES, Int8Options
 
-__all__ = ["LAYOUTS", "WEIGHT_SCALES", "Int8Options", "to_int8"]
+__all__ = [
+    "LAYOUTS",
+    "WEIGHT_SCALES",
+    "Int8Options",
+    "predict_session_options",
+    "to_fp16",
+    "to_int8",
+    "to_int8_dynamic",
+    "to_int8_fp16",
+]
+
+
+def predict_session_options() -> dict[str, str]:
+    """ONNX Runtime session entries that make it compute Q/DQ literally: what the graph says, not what fused integer
+    kernels make of it. Predicts an engine's accuracy on hardware that is not here, and never saturates (no U8S8 sums)."""
+    return {"session.disable_quant_qdq": "1"}

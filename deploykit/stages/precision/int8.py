@@ -34,7 +34,7 @@ def to_int8(path: Path, table: CalibrationTable, layout: str, out: Path, options
     where nothing could be quantized.
     """
     model, facts = quantized(path, table, layout, options)
-    return write(model, out, precision="int8", parent=path, options=_told(table, layout, options), facts=facts)
+    return write(model, out, precision="int8", parent=path, options=told(table, layout, options), facts=facts)
 
 
 def quantized(
@@ -96,7 +96,8 @@ def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -
     }
 
 
-def _told(table: CalibrationTable, layout: str, options: Int8Options) -> dict[str, Json]:
+def told(table: CalibrationTable, layout: str, options: Int8Options) -> dict[str, Json]:
+    """What an INT8 artifact records as its options."""
     return {
         **options.to_json(),
         "layout": layout,

@@ -81,8 +81,7 @@ def raise_opset(model: onnx.ModelProto, path: Path, wanted: int) -> onnx.ModelPr
             f"{path.name} has opset {found}; this precision needs {wanted} or more, and onnx cannot convert it: {reason}",
             f"export it again with opset {target}",
         ) from exc
-    if converted.ir_version < 8:
-        converted.ir_version = 8
+    converted.ir_version = max(converted.ir_version, 9)
     return converted
 
 
