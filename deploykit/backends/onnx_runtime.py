@@ -74,6 +74,10 @@ class OnnxRuntime:
         """The CPU."""
         return ("cpu",)
 
+    def all_targets(self) -> tuple[str, ...]:
+        """The CPU."""
+        return ("cpu",)
+
     def graph(self, precision: str) -> str:
         """The graph for a precision; INT8 in the CPU's layout.
 

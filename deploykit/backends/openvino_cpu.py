@@ -60,6 +60,10 @@ class OpenVino:
         """The CPU."""
         return ("cpu",)
 
+    def all_targets(self) -> tuple[str, ...]:
+        """The CPU."""
+        return ("cpu",)
+
     def graph(self, precision: str) -> str:
         """The graph for a precision. Both INT8 layouts run all of ResNet-18's layers in integers; the CPU's layout took
         4.84 ms, TensorRT's 5.49 ms (batch 1, 2 cores of Zen 4, OpenVINO 2026.4): the residual additions stay in uint8."""
