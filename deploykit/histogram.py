@@ -47,7 +47,8 @@ class Histogram:
         if self.exponent is None:
             self.counts[BINS] += flat.size
             return
-        # A power of two times a float is exact, and so is its floor: no value lands in a neighbouring bin by rounding.
+        # A power of two times a float is exact, and so is its floor: no value lands in a neighbouring bin by rounding
+        # (but a negative one of less than 1e-38 of a bin becomes zero).
         scale = flat.dtype.type(BINS * 2.0**-self.exponent)
         index = np.floor(flat * scale).astype(np.int32)
         index += BINS
@@ -113,16 +114,18 @@ class Observation:
 
 
 def stride_for(size: int, most: int) -> int:
-    """The step at which to sample `size` values so that about `most` are taken: 1, or a prime that does not divide `size`.
+    """The step at which to sample `size` values so that at most `most` are taken, and, about, at least half of that.
 
-    A prime step does not fall into step with rows, planes or channels, whose sizes are products of small numbers.
+    A prime that does not divide `size` where one is near: it does not fall into step with rows, planes or channels, whose
+    sizes are products of small numbers.
     """
-    step = -(-size // most)
-    if step <= 1:
+    least = -(-size // most)
+    if least <= 1:
         return 1
-    while size % step == 0 or any(step % d == 0 for d in range(2, math.isqrt(step) + 1)):
-        step += 1
-    return step
+    for step in range(least, 2 * least + 1):
+        if size % step and all(step % d for d in range(2, math.isqrt(step) + 1)):
+            return step
+    return least
 
 
 def sampled_row(row: NDArray[Any], position: int, most: int) -> NDArray[Any]:

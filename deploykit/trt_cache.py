@@ -137,7 +137,7 @@ def to_onnxruntime(table: CalibrationTable) -> bytes:
     makes [-5, 1] a 1.0; here it is the amax. With the option set to 1 it reads `to_text` instead, but splits at the first
     colon: this form is the safer one for names with a colon. Needs onnxruntime, which brings flatbuffers.
     """
-    import flatbuffers
+    import flatbuffers  # type: ignore[import-untyped]
     from onnxruntime.quantization.CalTableFlatBuffers import KeyValue, TrtTable
 
     builder = flatbuffers.Builder(1024)
