@@ -65,7 +65,9 @@ class Report:
     schema_version: int = SCHEMA_VERSION
 
     def is_reference(self, row: Row) -> bool:
-        """Whether the row is the reference (at any batch)."""
+        """Whether the row is the reference (at any batch); an A/A copy of it is not."""
+        if "A/A:" in row.notes:
+            return False
         given = {k: self.reference[k] for k in ("name", "backend", "precision") if self.reference.get(k) is not None}
         return bool(given) and all(getattr(row, k) == v for k, v in given.items())
 

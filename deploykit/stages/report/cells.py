@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from deploykit.report_document import Report
 from deploykit.row import Row
 
 UNSTABLE = "UNSTABLE"
+_REUSED = re.compile(r"reused(?: from|, measured) ([^\s;,]+)")
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def machine_line(environment: Mapping[str, Any]) -> str:
 
 def reused(report: Report) -> list[Row]:
     """The rows whose figures were measured by an earlier run."""
-    return [r for r in report.rows if "reused from" in r.notes]
+    return [r for r in report.rows if _REUSED.search(r.notes)]
 
 
 def footer(report: Report) -> list[tuple[str, str]]:
@@ -232,7 +234,7 @@ def footer(report: Report) -> list[tuple[str, str]]:
         lines.append(("measured", report.measured_at))
     old = reused(report)
     if old:
-        dates = sorted({r.notes.split("reused from", 1)[1].split(";")[0].split(",")[0].strip() for r in old})
+        dates = sorted({m[1] for r in old if (m := _REUSED.search(r.notes))})
         lines.append(("reused", f"{len(old)} of {len(report.rows)} rows, from {', '.join(dates)}"))
     if any(r.stable is False for r in report.rows):
         lines.append(("UNSTABLE", "window medians vary by more than 2.5 %: close other programs and measure again"))

@@ -1,0 +1,162 @@
+"""A report held against a baseline, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.report_document import Report, row_id
+from deploykit.row import Row
+from deploykit.stages.gate.comparable import drop_contradiction, is_copy, pairs_of, speed_contradiction, speed_doubts, unlike
+from deploykit.stages.gate.drops import drop_of, judged_drop, judged_n, no_drop, reason
+from deploykit.stages.gate.intervals import Change, decide, difference, paired_drop, slowdown, widened
+from deploykit.stages.gate.limits import Limits
+from deploykit.verdict import Reason, Verdict, combine
+
+# Identical processes differ by about 3 % for as long as they live: one launch a side cannot tell less apart. With L
+# launches the mean of them varies by 3 %/sqrt(L); from five on, the bootstrap over launches sees it by itself.
+PROCESS_SPREAD = 0.03
+ENOUGH_LAUNCHES = 5
+
+
+@dataclass(frozen=True)
+class RowOutcomes:
+    """Whether each judged sample was classified right: bool [n], in the order of the samples of that digest."""
+
+    samples: str
+    correct: NDArray[np.bool_]
+
+
+Outcomes = Mapping[str, RowOutcomes]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs."""
+
+    report: Report
+    outcomes: Outcomes
+
+    def launches(self, row: Row) -> int:
+        """In how many process launches the row was measured; 1 where that is not known."""
+        found = self.report.measurements.get(row_id(row), {}).get("launches")
+        return max(1, len(found)) if isinstance(found, list) else 1
+
+    def speedup(self, row: Row) -> Change:
+        """The row's speed-up, its interval no narrower than its number of launches allows."""
+        value, low, high = (x if x is not None else math.nan for x in (row.speedup, row.speedup_low, row.speedup_high))
+        launches = self.launches(row)
+        if launches < ENOUGH_LAUNCHES and value > 0:
+            spread = math.exp(PROCESS_SPREAD / math.sqrt(launches))
+            low, high = min(low, value / spread), max(high, value * spread)
+        return Change(value, low, high)
+
+
+def against(new: Side, old: Side, limits: Limits) -> Verdict:
+    """The verdict on every row of the baseline; rows that only the report has are listed as skipped."""
+    rows = [r for r in old.report.rows if not is_copy(r)]
+    reasons = unlike(new.report, old.report, limits)
+    if any(r.outcome == "fail" for r in reasons):
+        return combine(reasons, [f"{r.label}: not compared" for r in rows])
+    skipped = [] if limits != Limits() else ["no limit was asked for"]
+    doubts = speed_doubts(new.report, old.report)
+    pairs = list(pairs_of(new.report.rows, rows))
+    for was, now, problem in pairs:
+        if now is None:
+            outcome = "inconclusive" if problem.startswith("several") else "fail"
+            reasons.append(reason(was, "row", outcome, problem))
+        elif was.status in ("ok", "built") and now.status != was.status and (was.status, now.status) != ("built", "ok"):
+            said = f"was {was.status} in the baseline, now {now.status}: {now.reason or 'no reason was recorded'}"
+            reasons.append(reason(now, "row", "fail", said))
+        elif was.status != "ok" or now.status != "ok":
+            skipped.append(f"{now.label}: {now.status} ({was.status} in the baseline){': ' + now.reason if now.reason else ''}")
+        else:
+            reasons += _compare(new, now, old, was, limits, doubts, skipped)
+    matched = {id(now) for _, now, _ in pairs}
+    skipped += [f"{r.label}: not in the baseline" for r in new.report.rows if id(r) not in matched and not is_copy(r)]
+    return combine(reasons, skipped)
+
+
+def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: Sequence[str], skipped: list[str]) -> list[Reason]:
+    reasons = []
+    reference = new.report.is_reference(now)
+    if limits.max_drop_pp is not None:
+        if reference and now.top1 == was.top1 and now.top1 is not None and row_id(now) not in new.outcomes:
+            skipped.append(f"{now.label}: the reference, with the baseline's top-1")
+        else:
+            reasons.append(_accuracy(new, now, old, was, limits.max_drop_pp))
+    if limits.max_slowdown is not None:
+        if reference:
+            skipped.append(f"{now.label}: the reference, speed is a ratio to it")
+        else:
+            reasons.append(_speed(new, now, old, was, limits.max_slowdown, doubts))
+    return reasons
+
+
+def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
+    for side, row in ((new, now), (old, was)):
+        doubt = drop_contradiction(side.report, row)
+        if doubt:
+            return reason(now, "top-1 drop", "inconclusive", doubt)
+    mine, theirs = new.outcomes.get(row_id(now)), old.outcomes.get(row_id(was))
+    if mine is not None and theirs is not None:
+        if mine.samples != theirs.samples or mine.correct.shape != theirs.correct.shape or not len(mine.correct):
+            return reason(now, "top-1 drop", "fail", "the per-sample outcomes are not of the same samples")
+        change, p = paired_drop(mine.correct, theirs.correct)
+        extra = f", {len(mine.correct)} samples paired, McNemar p = {p:.2g}"
+        return judged_drop(now, change, limit, "the baseline", len(mine.correct), extra)
+    n = judged_n(new.report)
+    if _same_outputs(now, was):
+        extra = ", the same outputs on the same samples (SQNR equal to the last digit)"
+        return judged_drop(now, Change(0.0, 0.0, 0.0), limit, "the baseline", n, extra)
+    change_now, change_was = drop_of(now), drop_of(was)
+    if change_now is None or change_was is None:
+        return reason(now, "top-1 drop", "inconclusive", no_drop(new.report if change_now is None else old.report))
+    references = [r.reference_row() for r in (new.report, old.report)]
+    if dict(new.report.reference) != dict(old.report.reference) or len({r.top1 if r else None for r in references}) > 1:
+        said = "the reference's own top-1 changed; only paired outcomes (run folders as report and baseline) can tell"
+        return reason(now, "top-1 drop", "inconclusive", said)
+    return judged_drop(now, difference(change_now, change_was), limit, "the baseline", n, ", from the two rows' drops, unpaired")
+
+
+def _same_outputs(now: Row, was: Row) -> bool:
+    """Whether the figures that every output value goes into are the same to the last digit."""
+    return now.sqnr_db is not None and all(
+        getattr(now, k) is not None and getattr(now, k) == getattr(was, k)
+        for k in ("sqnr_db", "top1", "agreement", "top1_drop_pp")
+    )
+
+
+def _speed(new: Side, now: Row, old: Side, was: Row, limit: float, doubts: Sequence[str]) -> Reason:
+    figures = [x for r in (now, was) for x in (r.speedup, r.speedup_low, r.speedup_high)]
+    if any(x is not None and (math.isnan(x) or x < 0 or x == math.inf) for x in figures) or 0.0 in (now.speedup, was.speedup):
+        return reason(now, "speed", "fail", f"a speed-up is no positive number ({', '.join(map(str, figures))})")
+    differ = [k for k in ("device", "threads", "clock", "boundary") if getattr(now, k) != getattr(was, k)]
+    doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ)]
+    doubts += [d for side, row in ((new, now), (old, was)) if (d := speed_contradiction(side.report, row))]
+    if None in figures:
+        doubts.append("a speed-up or its interval was not measured")
+    if doubts:
+        return reason(now, "speed", "inconclusive", "; ".join(doubts))
+    if all(getattr(now, k) == getattr(was, k) for k in ("images_per_s", "p50_s", "n_timed", "speedup")) and now.images_per_s:
+        return reason(now, "speed", "pass", "the same measurement as the baseline's, reused: nothing changed")
+    change = slowdown(new.speedup(now), old.speedup(was))
+    unstable = now.stable is False or was.stable is False
+    if unstable:
+        change = widened(change, math.hypot(_cov(now), _cov(was)))
+    outcome = decide(change, limit)
+    how = "slower" if change.value >= 0 else "faster"
+    said = f"{100 * abs(change.value):.1f} % {how} than the baseline (95 %: {100 * change.low:.1f} to {100 * change.high:.1f} % slower)"
+    said += f", limit {100 * limit:g} %; speed-up {was.speedup:.2f}x -> {now.speedup:.2f}x"
+    if unstable and outcome != "fail":
+        outcome, said = "inconclusive", said + "; UNSTABLE: its windows vary by more than 2.5 %"
+    return reason(now, "speed", outcome, said)
+
+
+def _cov(row: Row) -> float:
+    """How much the row's windows vary (a fraction); of an unstable row that does not say, as much as its own value."""
+    return row.cov if row.cov is not None else 1.0

@@ -1,0 +1,86 @@
+"""Changes with their 95 % interval, how two of them are combined, and the rule that decides.
+
+For a - b of independent estimates with intervals [l, u], MOVER gives lower = a - b - sqrt((a - l_a)^2 + (u_b - b)^2), upper
+likewise (Zou and Donner, Statistics in Medicine 27, 2008). It needs no symmetry. Speed-ups are combined so in logarithms,
+where a ratio's error is nearly normal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z95 = 1.959964
+_MAX_EXPONENT = 700.0  # math.exp raises from 710 on
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much was lost, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it can be judged: a finite value, and ends that are no NaN (they may be infinite)."""
+        return math.isfinite(self.value) and not math.isnan(self.low) and not math.isnan(self.high)
+
+
+def decide(change: Change, limit: float) -> str:
+    """'fail' when the lower end is over the limit or a figure is NaN, 'pass' when the upper end is within it, else
+    'inconclusive'."""
+    if not change.is_number:
+        return "fail"
+    if change.low > limit:
+        return "fail"
+    return "pass" if change.high <= limit else "inconclusive"
+
+
+def paired_drop(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> tuple[Change, float]:
+    """(drop in percentage points, p): how many fewer samples `new` gets right than `old`, and the exact McNemar p-value.
+
+    Interval: Bonett and Price's adjusted Wald for paired proportions (J. Educational and Behavioral Statistics 37, 2012);
+    where no sample changed sides it is 0 to 0, and the caller asks whether n could have shown the limit at all.
+    Raises ValueError when the two are not of the same samples.
+    """
+    if new.shape != old.shape or new.ndim != 1 or not len(new):
+        raise ValueError(f"outcomes of {new.shape} and {old.shape} samples cannot be paired")
+    n, lost, won = len(new), int((old & ~new).sum()), int((new & ~old).sum())
+    if lost + won == 0:
+        return Change(0.0, 0.0, 0.0), 1.0
+    a, b = (lost + 1) / (n + 2), (won + 1) / (n + 2)
+    half = Z95 * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    few, changed = min(lost, won), lost + won
+    p = min(1.0, 2 * sum(math.comb(changed, k) for k in range(few + 1)) / 2**changed)
+    value = 100 * (lost - won) / n
+    return Change(value, min(value, 100 * (a - b - half)), max(value, 100 * (a - b + half))), p
+
+
+def difference(new: Change, old: Change) -> Change:
+    """new - old, with its interval (MOVER)."""
+    value = new.value - old.value
+    low = math.hypot(new.value - new.low, old.high - old.value)
+    return Change(value, value - low, value + math.hypot(new.high - new.value, old.value - old.low))
+
+
+def widened(change: Change, cov: float) -> Change:
+    """A slow-down whose interval also covers the windows' own variation: `cov`, a fraction."""
+    noise = math.exp(min(Z95 * cov, _MAX_EXPONENT))
+    return Change(change.value, 1 - (1 - change.low) * noise, 1 - (1 - change.high) / noise)
+
+
+def slowdown(new: Change, old: Change) -> Change:
+    """1 - new/old of two speed-ups, with its interval (MOVER on the logarithms)."""
+    logs = [Change(_log(x.value), _log(x.low), _log(x.high)) for x in (new, old)]
+    ratio = difference(*logs)
+    value, low, high = (1 - math.exp(min(x, _MAX_EXPONENT)) for x in (ratio.value, ratio.high, ratio.low))
+    return Change(value, low, high)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
