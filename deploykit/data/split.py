@@ -88,6 +88,13 @@ def train_share(samples: Samples, *, exclude: Collection[int] = ()) -> Samples:
     return pool.take(kept, "train")
 
 
+def spread(samples: Samples, count: int, *, role: str) -> Samples:
+    """`count` of the samples (all, where there are fewer), stratified by label. Raises DataError for a count below 1."""
+    if count < 1:
+        raise DataError(f"{count} samples are none", "use at least 1")
+    return samples.take(_order(samples)[:count], role)
+
+
 def limited(samples: Samples, limit: int) -> Samples:
     """At most `limit` samples, stratified (of an IDX folder: so many of each file), in the data set's order."""
     if limit < 1:
@@ -191,3 +198,12 @@ def _what_few_mean(samples: Samples) -> str:
     if samples.role == "calibrate":
         return "ranges may be too narrow"
     return f"one sample is {100 / max(1, len(samples)):.{max(0, 1 - math.floor(math.log10(100 / max(1, len(samples)))))}f} pp"
+
+
+def calibration_share(samples: Samples, wanted: int) -> Samples:
+    """At most `wanted` samples to calibrate on, where nothing is judged: of an IDX folder with both files, of train-*."""
+    train, _ = _idx_parts(samples)
+    pool = samples if not train else samples.take(train, "calibrate")
+    if not len(pool):
+        raise DataError(f"{samples.spec} holds no sample to calibrate with", "give more data")
+    return _noted(pool.take(_order(pool)[:wanted], "calibrate"), (), FEW_TO_CALIBRATE)

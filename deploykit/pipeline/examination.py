@@ -7,6 +7,9 @@ from typing import Any
 
 from deploykit import backends, machine
 
+# What the fast CPU kernels ask for: FP32, INT8 dot products, BF16, matrix tiles.
+_SHOWN = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -23,7 +26,18 @@ class Examination:
     @property
     def machine_lines(self) -> list[str]:
         """The machine in a few lines."""
-        return machine.lines(self.machine)
+        m = self.machine
+        memory = m.get("memory_bytes")
+        features = [f for f in _SHOWN if f in m["features"]]
+        lacking = [f for f in _SHOWN if f not in m["features"]]
+        gpus = [f"{g.get('name')} (driver {g.get('driver_version', g.get('driver', '?'))})" for g in m["gpus"]]
+        return [
+            f"cpu      {m['cpu']}, {m['cores']} cores, {m['threads']} usable" + (f", {memory / 2**30:.1f} GiB" if memory else ""),
+            f"has      {', '.join(features) or 'none of the extensions that quantized kernels use'}",
+            f"lacks    {', '.join(lacking) or 'nothing'}",
+            f"gpu      {'; '.join(gpus) or 'none (TensorRT engines are built here and run elsewhere)'}",
+            f"system   {m['os']}, Python {m['python']}",
+        ]
 
     @property
     def backend_rows(self) -> list[list[str]]:

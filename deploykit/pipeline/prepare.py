@@ -6,6 +6,7 @@ makes again only what has changed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifact as artifacts
-from deploykit import backends, children
+from deploykit import backends, calibration_table, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError
@@ -26,6 +27,7 @@ from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
 from deploykit.source_spec import SourceSpec
 from deploykit.source_spec import parse as parse_source
+from deploykit.stages.checks.summary import GraphSummary
 from deploykit.store import Key, Store, source_hash
 from deploykit.verdict import Finding
 
@@ -192,6 +194,11 @@ def to_onnx(
     return export.to_onnx(spec, path, batches=batches, opset=opset, outputs=outputs)
 
 
+def summary_json(summary: GraphSummary) -> dict[str, Any]:
+    """The summary as JSON values."""
+    return {**dataclasses.asdict(summary), "signature": summary.signature.to_json()}
+
+
 def _changed(files: Mapping[str, str]) -> bool:
     return any(not Path(name).is_file() or artifacts.sha256_of(Path(name)) != sha for name, sha in files.items())
 
@@ -203,7 +210,7 @@ def check(shop: Workshop, targets: tuple[str, ...]) -> None:
     def build(folder: Path) -> Artifact:
         findings = shop.child("check", checks.find, shop.model.path, targets)
         summary = shop.child("check", checks.summary, shop.model.path)
-        doc = {"findings": [f.to_json() for f in findings], "summary": summary.to_json()}
+        doc = {"findings": [f.to_json() for f in findings], "summary": summary_json(summary)}
         (folder / "findings.json").write_text(json.dumps(doc, indent=1))
         return replace(
             shop.model,
@@ -256,7 +263,7 @@ def given_table(shop: Workshop, path: Path) -> Artifact:
     """The artifact of a calibration table that the user gave. Raises StaleCalibration when it is another model's."""
 
     def build(folder: Path) -> Artifact:
-        table = CalibrationTable.load(path)
+        table = calibration_table.load(path)
         table.require_match(model_sha256=_digest(shop))
         table.save(folder / "calib.json")
         return replace(
@@ -306,7 +313,7 @@ def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artif
     elif kind in ("int8-cpu", "int8-tensorrt"):
         calibrated = table()
         options["table"] = calibrated.sha256
-        loaded = CalibrationTable.load(calibrated.path)
+        loaded = calibration_table.load(calibrated.path)
         if kind == "int8-cpu":
             make = lambda folder: shop.child(kind, precision.to_int8, path, loaded, "cpu", folder / "model.onnx")  # noqa: E731
         else:

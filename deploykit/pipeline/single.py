@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifact as artifacts
-from deploykit import backends, children, data, preprocess
+from deploykit import backends, calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError, MissingBackend, UnknownName
@@ -99,7 +99,7 @@ def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checke
     narrator.step(f"check {path.name}")
     findings = children.run("check", checks.find, path, tuple(targets), timeout_s=TIMEOUT_S, progress=narrator.progress)
     summary = children.run("check", checks.summary, path, timeout_s=TIMEOUT_S)
-    return Checked(tuple(findings), summary.to_json())
+    return Checked(tuple(findings), prepare.summary_json(summary))
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,13 @@ def calibrate_file(
     if request.data is None:
         raise InputError("calibration needs samples", "add --data DATA")
     samples = open_data(model, request.data, request, shapes)
-    count = min(request.calib_n, len(samples))
-    chosen = data.spread(samples, count, role="calibrate")
+    chosen = data.calibration_share(samples, request.calib_n)
     if out.is_file() and not request.recalibrate:
-        kept = CalibrationTable.load(out)
+        kept = calibration_table.load(out)
         kept.require_match(model_sha256=model.digest, samples_digest=chosen.digest, method=request.method)
         table = kept
     else:
-        narrator.step(f"calibrate {path.name} on {count} samples, {request.method}")
+        narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
         table = children.run(
             "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
         )
@@ -207,13 +206,13 @@ def _table(
     model: ModelFile, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
 ) -> CalibrationTable:
     if request.calib_table is not None:
-        table = CalibrationTable.load(request.calib_table)
+        table = calibration_table.load(request.calib_table)
         table.require_match(model_sha256=model.digest)
         return table
     if request.data is None:
         raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
     samples = open_data(model, request.data, request, shapes)
-    chosen = data.spread(samples, min(request.calib_n, len(samples)), role="calibrate")
+    chosen = data.calibration_share(samples, request.calib_n)
     narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
     return children.run(
         "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
