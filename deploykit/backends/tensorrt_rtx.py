@@ -164,9 +164,14 @@ class TensorRtRtx:
                 f"{engine.path.name} was built for {', '.join(header.targets)}; this machine has {here.name} ({here.target})",
                 f"build it for this GPU: `deploykit build-trt MODEL.onnx --target {here.target}`",
             )
-        from deploykit.trt import runner
+        import tensorrt_rtx as trt
 
-        return runner.open_engine("tensorrt_rtx", engine, request)
+        from deploykit.trt.device import open_device
+        from deploykit.trt.runner import EngineSession
+
+        adapter = request.options.get("cuda")
+        gpu_open = open_device(None if adapter is None else str(adapter))
+        return EngineSession(trt, gpu_open, engine, request, f"{here.name} ({here.target})")
 
 
 def _rebuild(made: builder.Plan, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> str:

@@ -180,3 +180,22 @@ def test_where_a_model_lies_does_not_change_its_plan(tmp_path: Path) -> None:
         digests.append(hashlib.sha256(made.path.read_bytes()).hexdigest())
         assert os.fsencode(str(tmp_path)) not in made.path.read_bytes()
     assert digests[0] == digests[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not gpu.found(), reason="needs an NVIDIA GPU: numbers, JIT, CUDA graph and event times can only be seen there"
+)
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_an_engine_on_a_gpu_agrees_with_onnx_runtime(half: Path, tmp_path: Path, batch: int) -> None:
+    import onnxruntime
+
+    target = gpu.found()[0].target
+    made = _build(half, "fp16", target, tmp_path)
+    session = BACKEND.open(made, OpenRequest("fp16", batch, 1, options={"runtime_cache": str(tmp_path / "kernels")}))
+    feeds = {"x": np.random.default_rng(0).normal(size=(batch, 3, 8, 8)).astype(np.float32)}
+    (expected,) = onnxruntime.InferenceSession(str(half), providers=["CPUExecutionProvider"]).run(None, feeds)
+    np.testing.assert_allclose(session.infer(feeds)["logits"], expected, rtol=1e-2, atol=1e-2)
+    session.bind(feeds)()
+    assert any(note.startswith("CUDA graph: on") for note in session.notes)
+    session.close()
