@@ -13,7 +13,7 @@ from deploykit.artifact import Artifact, Json
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.stages.precision import normal_form
 from deploykit.stages.precision.int8 import write
-from deploykit.stages.precision.view import FloatGraph, attribute
+from deploykit.stages.precision.view import FloatGraph, attribute, tensor
 
 _WHY_NOT_CONV = (
     "convolutions are left in float: ONNX Runtime's ConvInteger made ResNet-18 slower than FP32 (15.4 against 10.4 ms on 2 cores)"
@@ -43,6 +43,7 @@ def to_int8_dynamic(path: Path, out: Path) -> Artifact:
             "use static INT8 (--mode static), which needs calibration data",
         )
     facts = _facts(graph, chosen, convolutions)
+    _own_weights(graph, chosen)
     graph.write_back(graph.nodes)
     before = logging.root.level
     with tempfile.TemporaryDirectory() as folder:
@@ -69,6 +70,17 @@ def to_int8_dynamic(path: Path, out: Path) -> Artifact:
     facts["quantized_layers"] = found
     packages = ("onnx", _runtime_package())
     return write(model, out, precision="int8-dynamic", parent=path, options={}, facts=facts, packages=packages)
+
+
+def _own_weights(graph: FloatGraph, chosen: list[str]) -> None:
+    """Gives each chosen node a copy of a weight that others read too: ONNX Runtime's quantizer (1.31) transposes a shared one
+    in place for the first Gemm, and the others then multiply by the wrong matrix."""
+    for node in graph.nodes:
+        name = node.input[1] if len(node.input) > 1 else ""
+        if node.name in chosen and len(graph.consumers[name]) > 1:
+            own = graph.fresh(f"{name}_of_{node.name}")
+            graph.constants[own] = tensor(own, graph.array(name))
+            node.input[1] = own
 
 
 def _profits(graph: FloatGraph, i: int) -> bool:

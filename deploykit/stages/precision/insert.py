@@ -88,9 +88,10 @@ class Inserter:
             axis = None  # axis 1 counts the channels of one group only
         levels = 63 if self.options.reduce_range else 127
         amax = scales.channel_amax(weight, axis)
-        self.dead_channels += int((amax == 0).sum())
+        dead = amax <= (scales.TINY_HALF_SCALE if self.half else 0.0)
+        self.dead_channels += int(dead.sum())
         wanted = scales.mse_scale(weight, axis, levels) if self.options.weight_scales == "mse" else amax / levels
-        scale = scales.positive(wanted, half=self.half)
+        scale = scales.positive(scales.revive(wanted, dead), half=self.half)
         bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
         result: list[onnx.NodeProto | None] = []
         if bias is not None and self.integer_bias and node.op_type != "MatMul":

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# What a dead channel, or a tensor that is always zero, gets: positive, normal, harmless. TensorRT refuses a scale <= 0.
+# The least scale: positive (TensorRT refuses a scale <= 0) and normal.
 TINY_SCALE = 1e-7
-# FP16's smallest subnormal is 2^-24; four more bits keep the rounding of a scale under 2 %.
-TINY_HALF_SCALE = 2.0**-18
+TINY_HALF_SCALE = 2.0**-24  # FP16's smallest subnormal; a smaller weight is zero in FP16 anyway
 INT32_MAX = 2**31 - 1
 
 
@@ -48,6 +47,15 @@ def positive(scale: NDArray[Any], *, half: bool = False) -> NDArray[np.float32]:
     rounded = wanted.astype(np.float16)
     up = np.nextafter(rounded, np.float16(np.inf))
     return np.asarray(np.where(rounded < wanted, up, rounded), dtype=np.float32)
+
+
+def revive(scale: NDArray[Any], dead: NDArray[np.bool_]) -> NDArray[Any]:
+    """The scales [C] with those of dead channels replaced by the largest of the others, 1 where all are dead.
+
+    Any positive scale stands for zeros; a tiny one makes products of scales vanish in whoever quantizes biases with them
+    (ONNX Runtime's WeightBiasQuantization on an FP16 graph: output all wrong).
+    """
+    return np.asarray(np.where(dead, scale[~dead].max(initial=0.0) or 1.0, scale))
 
 
 def spread(values: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
