@@ -59,6 +59,10 @@ class TensorRtRtx:
         """A T4 and an L4 (or RTX 40)."""
         return ("sm75", "sm89")
 
+    def all_targets(self) -> tuple[str, ...]:
+        """Every GPU generation it can build for."""
+        return plan_header.TARGETS
+
     def unsupported(self, precision: str, target: str) -> Missing | None:
         """Why a precision cannot be had on a target, from what the builder does there (seen with 1.7.1)."""
         if target not in plan_header.TARGETS:
@@ -80,8 +84,10 @@ class TensorRtRtx:
     def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
         """An engine for `request.target`, written to `folder/model.engine`, its manifest unsaved. Builds in this process.
 
-        options: 'allow_fallback' (True: a node that asked for INT8 and runs in something else is a warning; False: it is
-        BackendFailed), 'profile_each_batch' (False), 'verify_rebuild' (True: build once more in a new process, where that takes seconds).
+        Where nodes that asked for INT8 run in something else, `facts` says so: 'fallback' node by node, 'fell_back' in
+        words (None where nothing did); whether that is a failure is the caller's to say.
+        options: 'profile_each_batch' (False), 'verify_rebuild' (True: build once more in a new process, where that takes
+        seconds).
         Raises InputError, ModelError, BackendFailed, MissingBackend.
         """
         absent = self.missing()
@@ -103,18 +109,12 @@ class TensorRtRtx:
         asked = layers.asked(model)
         missed = layers.shortfalls(asked, made.layers)
         lines = plan.shortfall_lines(missed, layers.requested(asked))
-        if missed and not options.get("allow_fallback", True):
-            raise BackendFailed(
-                f"asked for {request.precision} on {request.target}, but " + "; ".join(lines),
-                "accept it with --allow-fallback, or use --fp16",
-            )
         if request.precision == "int8" and not any(want.precision == "Int8" for want in asked):
             raise BackendFailed(
                 "asked for INT8, but no convolution or matrix product of the graph has Q/DQ nodes before it",
                 "quantize it first: `deploykit quantize --mode static --layout tensorrt`",
             )
-        if request.target == "sm75" and missed:
-            lines.append(plan.RTX_TURING_INT8)
+        explained = [plan.RTX_TURING_INT8] if request.target == "sm75" and missed else []
         again = _rebuild(made, artifact, spec, options)
         engine = folder / ENGINE_NAME
         write_atomically(engine, made.data)
@@ -137,7 +137,8 @@ class TensorRtRtx:
                 "requested": layers.requested(asked),
                 "layers": layers.by_kind(made.layers),
                 "fallback": [{"node": m.node, "op": m.op, "actual": m.actual} for m in missed],
-                "warnings": [*lines, *made.warnings],
+                "fell_back": "; ".join(lines) or None,
+                "warnings": [*lines, *explained, *made.warnings],
                 "network_layers": made.network_layers,
                 "plan_layers": len(made.layers),
                 "parse_s": made.parse_s,
