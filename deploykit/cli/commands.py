@@ -9,6 +9,7 @@ import typer
 
 from deploykit.cli import options as o
 from deploykit.cli import parsing
+from deploykit.cli.options import add
 from deploykit.cli.printing import say, show_json, show_rows
 from deploykit.cli.terminal import Bar
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED, InputError
@@ -17,25 +18,24 @@ if TYPE_CHECKING:
     from deploykit.artifact import Artifact
 
 OutFile = Annotated[Path, typer.Option("-o", "--out", help="The file to write; its manifest lies beside it.")]
-Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
-    for name, function in (
-        ("export", export),
-        ("check", check),
-        ("calibrate", calibrate),
-        ("quantize", quantize),
-        ("build-trt", build_trt),
-        ("build", build),
-        ("finetune", finetune),
-    ):
-        app.command(name=name, no_args_is_help=True)(function)
+    add(app, "export", export, "ONNX with a proven dynamic batch axis.")
+    add(app, "check", check, "What is wrong with a graph, and the remedy.")
+    add(app, "calibrate", calibrate, "Ranges of every tensor, with a fingerprint.")
+    add(app, "quantize", quantize, "Precision written into the graph.")
+    add(app, "build-trt", build_trt, "TensorRT engines, for GPUs that are not here.")
+    add(app, "build", build, "One backend's engine.")
+    add(app, "finetune", finetune, "Train a model on a share of the data.")
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")
+    ],
     out: OutFile,
     batch: o.Batch = "1,8,32",
     opset: o.Opset = None,
@@ -236,7 +236,7 @@ def _engine_line(engine: Artifact) -> None:
 
 
 def finetune(
-    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME or path/to/file.py:factory.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="resnet18, timm:NAME or path/to/file.py:factory.")],
     out: OutFile,
     data: o.Data = None,
     weights: o.Weights = None,

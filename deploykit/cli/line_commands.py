@@ -10,6 +10,7 @@ import typer
 
 from deploykit.cli import options as o
 from deploykit.cli import parsing
+from deploykit.cli.options import add
 from deploykit.cli.printing import show_report
 from deploykit.cli.terminal import Bar
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
-    app.command(name="run", no_args_is_help=True)(run)
-    app.command(name="bench", no_args_is_help=True)(bench)
+    add(app, "run", run, "The whole line, from a model to a report.")
+    add(app, "bench", bench, "The table of throughput, latency and accuracy.")
 
 
 def run(
-    source: Annotated[str, typer.Argument(help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="resnet18, timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the report and the engines.")],
     data: o.Data = None,
     calib_data: o.CalibData = None,
@@ -102,7 +105,9 @@ def run(
 
 
 def bench(
-    targets: Annotated[list[str], typer.Argument(help=".onnx files, engines, folders of engines, or SOURCEs.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="TARGET...", help=".onnx files, engines, folders of engines, or SOURCEs.")
+    ],
     data: o.Data = None,
     calib_data: o.CalibData = None,
     weights: o.Weights = None,

@@ -9,6 +9,7 @@ import typer
 
 from deploykit.cli import options as o
 from deploykit.cli import parsing
+from deploykit.cli.options import add
 from deploykit.cli.printing import say, show_json, show_report, show_rows
 from deploykit.cli.terminal import Bar
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED
@@ -16,9 +17,11 @@ from deploykit.errors import EXIT_FAILED, EXIT_PASSED
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
-    app.command(name="doctor")(doctor)
-    for name, function in (("compare", compare), ("gate", gate), ("report", report), ("predict", predict)):
-        app.command(name=name, no_args_is_help=True)(function)
+    add(app, "doctor", doctor, "What this machine can do.", bare=True)
+    add(app, "compare", compare, "Drift between two models or engines.")
+    add(app, "gate", gate, "The regression check for CI.")
+    add(app, "report", report, "Render a finished run again.")
+    add(app, "predict", predict, "What an engine says of an image.")
 
 
 def doctor(json_file: o.JsonFile = None) -> int:
@@ -41,8 +44,8 @@ def doctor(json_file: o.JsonFile = None) -> int:
 
 
 def compare(
-    reference: Annotated[Path, typer.Argument(help="The reference: an .onnx file or an engine.")],
-    candidate: Annotated[Path, typer.Argument(help="What is held against it.")],
+    reference: Annotated[Path, typer.Argument(metavar="REF", help="The reference: an .onnx file or an engine.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="What is held against it.")],
     data: o.Data = None,
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
@@ -125,8 +128,8 @@ def report(
 
 
 def predict(
-    engine: Annotated[Path, typer.Argument(help="An engine or an .onnx file.")],
-    image: Annotated[str, typer.Argument(help="An image, or any DATA.")],
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine or an .onnx file.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image, or any DATA.")],
     preprocess: o.Preprocess = None,
     classes: o.Classes = None,
     top: Annotated[int, typer.Option(help="How many classes to show.")] = 5,

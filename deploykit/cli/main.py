@@ -6,18 +6,20 @@ import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import click
 import typer
 
 from deploykit import __version__
-from deploykit.cli import commands, line_commands, look_commands
+from deploykit.cli import commands, config, line_commands, look_commands
 from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
 
 app = typer.Typer(
     name="deploykit",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Takes a trained vision model and a folder of images and gives back the fastest engine for the hardware at hand "
@@ -49,7 +51,7 @@ def main() -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """The exit code of one command line. The one place where a DeploykitError becomes a message."""
     try:
-        result = app(args=arguments, standalone_mode=False, prog_name="deploykit")
+        result = app(args=_with_config(arguments), standalone_mode=False, prog_name="deploykit")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except DeploykitError as exc:
@@ -76,6 +78,22 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if exc.filename is not None and exc.errno in (errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EROFS):
             return _tell(DeploykitError(f"{exc.filename}: {exc.strerror}", "check the path and its permissions"), debug)
         raise
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """`run deploykit.yaml ...` as the command line it stands for; what is typed after it stands over the file."""
+    at = next((i for i, text in enumerate(arguments) if i > 0 and config.is_config(text)), None)
+    if not arguments or arguments[0] != "run" or at is None or arguments[at - 1].startswith("-"):
+        return arguments
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    known = {
+        opt.removeprefix("--"): bool(parameter.is_flag)
+        for parameter in command.params
+        if isinstance(parameter, click.Option) or hasattr(parameter, "is_flag")
+        for opt in parameter.opts
+        if opt.startswith("--") and opt != "--help"
+    }
+    return ["run", *config.arguments(Path(arguments[at]), known), *arguments[1:at], *arguments[at + 1 :]]
 
 
 def _tell(exc: DeploykitError, debug: bool) -> int:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def add(app: typer.Typer, name: str, function: Callable[..., int], short: str, *, bare: bool = False) -> None:
+    """Adds a command to the application; `bare`: it can be called without arguments."""
+    app.command(name=name, short_help=short, no_args_is_help=not bare)(function)
+
 
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
 Inputs = Annotated[

@@ -22,6 +22,7 @@ from deploykit.stages import report as reports
 from deploykit.verdict import Verdict
 
 ENGINES = "engines"
+DEFAULT_LIMITS = gates.Limits(max_drop_pp=0.5, max_slowdown=0.05)  # where `gate` is given a baseline and no limit
 OUTCOMES = "outcomes"
 
 
@@ -71,8 +72,8 @@ def judge(
         result.report,
         baseline[0] if baseline else None,
         limits,
-        outcomes=_outcomes(result),
-        baseline_outcomes=baseline[1] if baseline else None,
+        outcomes=gates.outcomes_of(_outcomes(result)),
+        baseline_outcomes=gates.outcomes_of(baseline[1]) if baseline else None,
     )
     return result.report.with_verdict(verdict), verdict
 
@@ -156,7 +157,7 @@ def _same(engine: Artifact, target: Path) -> bool:
 def gate(report_file: Path, baseline: Path | None, limits: gates.Limits, junit: Path | None) -> Verdict:
     """The verdict on a finished run. Raises InputError for files that cannot be read and for limits that make no sense."""
     if limits.max_drop_pp is None and limits.max_slowdown is None:
-        limits = gates.DEFAULT_LIMITS
+        limits = DEFAULT_LIMITS
         if baseline is None:
             raise InputError("nothing to judge by", "add --baseline BASE, and --max-drop 0.5pp or --max-slowdown 5%")
     known = open_baseline(baseline, limits)
@@ -165,8 +166,8 @@ def gate(report_file: Path, baseline: Path | None, limits: gates.Limits, junit: 
         report,
         known[0] if known else None,
         limits,
-        outcomes=outcomes_of(report_file),
-        baseline_outcomes=known[1] if known else None,
+        outcomes=gates.outcomes_of(outcomes_of(report_file)),
+        baseline_outcomes=gates.outcomes_of(known[1]) if known else None,
     )
     if junit is not None:
         from deploykit.stages.report import junit as junit_xml
