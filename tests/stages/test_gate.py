@@ -345,9 +345,28 @@ def test_paired_outcomes_are_used_where_both_sides_have_them() -> None:
     assert "McNemar" in next(r.message for r in worse.reasons if r.outcome == "fail")
 
 
+def test_a_reference_that_changed_is_judged_on_its_outcomes() -> None:
+    now, was = with_row(), with_row()
+    right = np.ones(10_000, dtype=bool)
+    wrong = right.copy()
+    wrong[:300] = False
+    mine = outcomes(now, right) | {row_id(now.rows[0]): RowOutcomes("s", wrong)}
+    verdict = judge(now, was, BOTH, outcomes=mine, baseline_outcomes=outcomes(was, right))
+    assert [r.row for r in verdict.reasons if r.outcome == "fail"] == [now.rows[0].label]
+
+
+def test_few_samples_that_stay_the_same_are_inconclusive_unless_the_outputs_are_the_same() -> None:
+    was, right = with_row(), np.ones(360, dtype=bool)
+    for sqnr, outcome in ((30.0, "pass"), (30.000001, "inconclusive")):
+        now = with_row(sqnr_db=sqnr)
+        verdict = judge(now, was, BOTH, outcomes=outcomes(now, right), baseline_outcomes=outcomes(was, right))
+        assert outcome_of(verdict, "top-1 drop") == outcome
+
+
 def test_outcomes_of_other_samples_fail() -> None:
     now, was = with_row(), with_row()
     right = np.ones(1000, dtype=bool)
+    now = replace(now, rows=(now.rows[0], replace(now.rows[1], sqnr_db=29.0)))
     for other in (outcomes(was, right, "t"), outcomes(was, right[:10]), outcomes(was, right[:0])):
         assert judge(now, was, BOTH, outcomes=outcomes(now, right), baseline_outcomes=other).outcome == "fail"
 

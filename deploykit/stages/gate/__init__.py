@@ -10,13 +10,13 @@ import math
 
 from deploykit.errors import InputError
 from deploykit.report_document import Report
-from deploykit.stages.gate.against import Outcomes, RowOutcomes, Side, against
+from deploykit.stages.gate.against import Outcomes, RowOutcomes, Side, against, outcomes_of
 from deploykit.stages.gate.comparable import EVERYTHING, is_copy
 from deploykit.stages.gate.drops import own_drop
 from deploykit.stages.gate.limits import Limits, parse_drop, parse_slowdown
 from deploykit.verdict import Reason, Verdict, combine
 
-__all__ = ["Limits", "Outcomes", "RowOutcomes", "is_copy", "judge", "parse_drop", "parse_slowdown"]
+__all__ = ["Limits", "Outcomes", "RowOutcomes", "is_copy", "judge", "outcomes_of", "parse_drop", "parse_slowdown"]
 
 
 def judge(

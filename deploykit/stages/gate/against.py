@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.drift import Drift
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
 from deploykit.stages.gate.comparable import drop_contradiction, is_copy, pairs_of, speed_contradiction, speed_doubts, unlike
@@ -32,6 +33,11 @@ class RowOutcomes:
 
 
 Outcomes = Mapping[str, RowOutcomes]
+
+
+def outcomes_of(drifts: Mapping[str, Drift]) -> dict[str, RowOutcomes]:
+    """The outcomes of those drifts (by `row_id`) that have labels and their per-sample arrays at hand."""
+    return {key: RowOutcomes(d.samples, d.correct) for key, d in drifts.items() if d.correct is not None}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: S
     reasons = []
     reference = new.report.is_reference(now)
     if limits.max_drop_pp is not None:
-        if reference and now.top1 == was.top1 and now.top1 is not None and row_id(now) not in new.outcomes:
+        if reference and now.top1 is not None and now.top1 == was.top1 and _same_outcomes(new, now, old, was):
             skipped.append(f"{now.label}: the reference, with the baseline's top-1")
         else:
             reasons.append(_accuracy(new, now, old, was, limits.max_drop_pp))
@@ -102,6 +108,10 @@ def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
         doubt = drop_contradiction(side.report, row)
         if doubt:
             return reason(now, "top-1 drop", "inconclusive", doubt)
+    n = judged_n(new.report)
+    if _same_outputs(now, was) and _same_outcomes(new, now, old, was):
+        extra = ", the same outputs on the same samples (SQNR equal to the last digit)"
+        return judged_drop(now, Change(0.0, 0.0, 0.0), limit, "the baseline", n, extra)
     mine, theirs = new.outcomes.get(row_id(now)), old.outcomes.get(row_id(was))
     if mine is not None and theirs is not None:
         if mine.samples != theirs.samples or mine.correct.shape != theirs.correct.shape or not len(mine.correct):
@@ -109,10 +119,6 @@ def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
         change, p = paired_drop(mine.correct, theirs.correct)
         extra = f", {len(mine.correct)} samples paired, McNemar p = {p:.2g}"
         return judged_drop(now, change, limit, "the baseline", len(mine.correct), extra)
-    n = judged_n(new.report)
-    if _same_outputs(now, was):
-        extra = ", the same outputs on the same samples (SQNR equal to the last digit)"
-        return judged_drop(now, Change(0.0, 0.0, 0.0), limit, "the baseline", n, extra)
     change_now, change_was = drop_of(now), drop_of(was)
     if change_now is None or change_was is None:
         return reason(now, "top-1 drop", "inconclusive", no_drop(new.report if change_now is None else old.report))
@@ -121,6 +127,14 @@ def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
         said = "the reference's own top-1 changed; only paired outcomes (run folders as report and baseline) can tell"
         return reason(now, "top-1 drop", "inconclusive", said)
     return judged_drop(now, difference(change_now, change_was), limit, "the baseline", n, ", from the two rows' drops, unpaired")
+
+
+def _same_outcomes(new: Side, now: Row, old: Side, was: Row) -> bool:
+    """Whether no sample is known to have changed sides."""
+    mine, theirs = new.outcomes.get(row_id(now)), old.outcomes.get(row_id(was))
+    if mine is None or theirs is None:
+        return True
+    return mine.samples == theirs.samples and np.array_equal(mine.correct, theirs.correct)
 
 
 def _same_outputs(now: Row, was: Row) -> bool:

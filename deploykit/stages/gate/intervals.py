@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.paired import Paired
+
 Z95 = 1.959964
 _MAX_EXPONENT = 700.0  # math.exp raises from 710 on
 
@@ -42,23 +44,12 @@ def decide(change: Change, limit: float) -> str:
 
 
 def paired_drop(new: NDArray[np.bool_], old: NDArray[np.bool_]) -> tuple[Change, float]:
-    """(drop in percentage points, p): how many fewer samples `new` gets right than `old`, and the exact McNemar p-value.
-
-    Interval: Bonett and Price's adjusted Wald for paired proportions (J. Educational and Behavioral Statistics 37, 2012);
-    where no sample changed sides it is 0 to 0, and the caller asks whether n could have shown the limit at all.
-    Raises ValueError when the two are not of the same samples.
-    """
+    """(drop in percentage points, p): how many fewer samples `new` gets right than `old`, with the interval and the exact
+    McNemar p-value of `Paired`. Raises ValueError when the two are not of the same samples."""
     if new.shape != old.shape or new.ndim != 1 or not len(new):
         raise ValueError(f"outcomes of {new.shape} and {old.shape} samples cannot be paired")
-    n, lost, won = len(new), int((old & ~new).sum()), int((new & ~old).sum())
-    if lost + won == 0:
-        return Change(0.0, 0.0, 0.0), 1.0
-    a, b = (lost + 1) / (n + 2), (won + 1) / (n + 2)
-    half = Z95 * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
-    few, changed = min(lost, won), lost + won
-    p = min(1.0, 2 * sum(math.comb(changed, k) for k in range(few + 1)) / 2**changed)
-    value = 100 * (lost - won) / n
-    return Change(value, min(value, 100 * (a - b - half)), max(value, 100 * (a - b + half))), p
+    paired = Paired.of(old, new)
+    return Change(paired.drop_pp, *paired.interval_pp()), paired.mcnemar_p
 
 
 def difference(new: Change, old: Change) -> Change:
