@@ -45,8 +45,7 @@ def _hits(graph: Graph, targets: tuple[str, ...], shapes: Mapping[str, ShapeRang
     yield from interface.find(graph)
     yield from weights.find(graph)
     yield from quantized.find(graph)
-    if not ran.load_error:
-        yield from batch.find(graph, ran)
+    yield from batch.find(graph, ran)
     if "openvino" in targets:
         yield from loaders.openvino(graph.path)
     for target in targets:
@@ -72,13 +71,14 @@ def _validity(graph: Graph, ran: runs.Report, targets: tuple[str, ...]) -> Itera
     inference = None if checker else structure.inference_error(graph)
     if checker and not ran.loaded:
         said = f"; ONNX Runtime: {ran.load_error}" if ran.load_error else f"; ONNX Runtime was not asked: {ran.not_run}"
-        yield Hit("DK001", detail=checker + said)
+        yield Hit("DK001", structure.named_in(graph, checker), checker + said)
     elif checker:
-        yield Hit("DK002", detail=checker)
+        yield Hit("DK002", structure.named_in(graph, checker), checker)
     elif inference:
-        yield Hit("DK003", detail=inference)
-    if "onnxruntime" in targets:
-        if ran.load_error:
-            yield Hit("DK060", detail=ran.load_error, target="onnxruntime")
-        elif ran.not_run == "onnxruntime is not installed":
-            yield Hit("DK065", detail=ran.not_run, target="onnxruntime", remedy="pip install 'deploykit[cpu]'")
+        yield Hit("DK003", structure.named_in(graph, inference), inference)
+    if "onnxruntime" in targets and ran.load_error:
+        yield Hit("DK060", structure.named_in(graph, ran.load_error), ran.load_error, "onnxruntime")
+    elif ran.load_error and not checker:
+        yield Hit("DK015", detail=f"ONNX Runtime refuses the model: {ran.load_error}")
+    if "onnxruntime" in targets and ran.not_run == runs.NOT_INSTALLED:
+        yield Hit("DK065", detail=ran.not_run, target="onnxruntime", remedy="pip install 'deploykit[cpu]'")

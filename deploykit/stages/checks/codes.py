@@ -196,6 +196,12 @@ RULES = _table(
         "install the package to have operators and opset checked by the engine itself",
     ),
     ("DK066", "info", "an old opset", "convert to opset 13 or later: per-channel Q/DQ needs it"),
+    (
+        "DK067",
+        "warning",
+        "an opset newer than the installed onnx knows",
+        "export with an opset that engines have (18 to 21 is safe), or upgrade onnx and the engines",
+    ),
     # --- TensorRT's rules for Q/DQ
     (
         "DK101",
@@ -256,6 +262,12 @@ RULES = _table(
         "quantize after the activation function only",
     ),
     ("DK114", "error", "uint8 weights", "quantize weights symmetrically to int8"),
+    (
+        "DK115",
+        "warning",
+        "a quantized ConvTranspose: TensorRT-RTX runs it in float",
+        "leave ConvTranspose in float: its Q/DQ costs accuracy and gains no speed there",
+    ),
 )
 
 

@@ -91,4 +91,6 @@ def _parse_rtx(path: str) -> list[Refusal]:
 def _reason(error: object) -> str:
     """The parser's words, without the CUDA errors that follow each one on a machine without a GPU."""
     text = " ".join(line for line in error.desc().splitlines() if "cudaError" not in line)  # type: ignore[attr-defined]
+    if "Plugin not found" in text:
+        return "neither an operator nor a plugin of that name is known"
     return one_line(text if text.strip() not in ("", "false") else f"not supported ({error.code().name})")  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from deploykit.stages.checks.structure import one_line
 
 BATCHES = (1, 2, 3)
 TIMEOUT_S = 180.0
+NOT_INSTALLED = "onnxruntime is not installed"
 IMAGE_SIZES, SEQUENCE_SIZES = (224, 64, 32, 640, 16), (16, 8, 128, 4, 1)
 Array = NDArray[Any]
 
@@ -52,7 +53,7 @@ def prove(path: Path, signature: Signature, tolerance: float, ranges: Mapping[st
     `tolerance` is what a sample's outputs may differ by between batches, relative to the output's largest magnitude.
     """
     if not children.has_module("onnxruntime"):
-        return Report(not_run="onnxruntime is not installed")
+        return Report(not_run=NOT_INSTALLED)
     try:
         return children.run(
             "ONNX Runtime (checks)", _prove, str(path), signature, tolerance, dict(ranges or {}), timeout_s=TIMEOUT_S

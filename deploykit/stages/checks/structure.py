@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,6 +12,11 @@ from deploykit.stages.checks.context import Graph, label
 
 LARGE_BYTES = 1_000_000_000
 OLD_OPSET = 13
+# Where in a library's own C++ source the check stands: of no use to who reads the finding.
+_SOURCE_LINES = re.compile(
+    r"/onnxruntime_src/\S+(?: [^()]*\([^()]*\))?(?: const)?|Exception from \S+:\d+:|Check '[^']*' failed at \S+:\d+:|"
+    r"Load model from \S+ failed:|FrontEnd API failed with \w+:|\[ONNXRuntimeError\] : \d+ : (?:\w+ : )?"
+)
 ONNX_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training")
 
 
@@ -41,12 +47,22 @@ def inference_error(graph: Graph, batch: int | None = None) -> str | None:
 
 def one_line(text: str, limit: int = 400) -> str:
     """A library's message on one line, cut at `limit` characters."""
-    flat = " ".join(text.split())
+    flat = " ".join(_SOURCE_LINES.sub("", " ".join(text.split())).split())
     return flat if len(flat) <= limit else flat[: limit - 3] + "..."
 
 
+def named_in(graph: Graph, message: str) -> str:
+    """The node that a library's message names; '' when it names none of the graph's."""
+    names = {node.name for node in graph.nodes if node.name}
+    return next(
+        (m for found in re.findall(r"""[('"]([^('")]+)[)'"]|node name: ([^)]+)\)""", message) for m in found if m in names), ""
+    )
+
+
 def find(graph: Graph) -> Iterator[Hit]:
-    """Names, control flow, external data, size, dead nodes, foreign domains, old opset."""
+    """Names, control flow, external data, size, dead nodes, foreign domains, opset."""
+    import onnx
+
     names = Counter(node.name for node in graph.nodes)
     for node in graph.nodes:
         if not node.name:
@@ -69,6 +85,9 @@ def find(graph: Graph) -> Iterator[Hit]:
     yield from _size(graph)
     if 0 < graph.opset < OLD_OPSET:
         yield Hit("DK066", detail=f"opset {graph.opset}")
+    newest = onnx.defs.onnx_opset_version()
+    if graph.opset > newest:
+        yield Hit("DK067", detail=f"opset {graph.opset}; onnx {onnx.__version__} knows up to {newest}")
 
 
 def _size(graph: Graph) -> Iterator[Hit]:

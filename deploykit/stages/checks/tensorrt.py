@@ -37,6 +37,9 @@ def find(graph: Graph, target: str) -> Iterator[Hit]:
         elif node.op_type in WEIGHTED:
             for code, detail in [*_operands(graph, node), *_before_activation(graph, node)]:
                 yield Hit(code, label(node), detail, target)
+            # Seen in the plans of 1.7.1: per-tensor and per-channel on either axis, the deconvolution's inputs are Float.
+            if node.op_type == "ConvTranspose" and target == "tensorrt-rtx" and _dequantizer(graph, node.input[1])[0] is not None:
+                yield Hit("DK115", label(node), "", target)
 
 
 def quantized_type(graph: Graph, node: onnx.NodeProto) -> int:
