@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploykit.data.digits import open_digits
 from deploykit.data.idx import is_idx_folder, open_idx
-from deploykit.data.images import open_images
+from deploykit.data.images import EXTENSIONS, list_images, one_image, open_images
 from deploykit.data.npz import open_npz
 from deploykit.data.random_inputs import open_random
 from deploykit.data.split import calibration_share, held_out, limited, split, spread, train_share
@@ -22,7 +22,7 @@ from deploykit.signature import ShapeRange, Signature
 __all__ = ["calibration_share", "held_out", "open", "split", "spread", "train_share"]
 
 KINDS = (
-    "a folder with one sub-folder a class, a folder of images, an .npz, a folder of IDX files, "
+    "a folder with one sub-folder a class, a folder of images or one image, an .npz, a folder of IDX files, "
     "'digits' (scikit-learn's), or random:N"
 )
 
@@ -42,7 +42,7 @@ def open(
     preprocess: how images become inputs (asked for with image folders; digits and IDX pictures are stretched to the
     input and take its scale, mean and std); classes: the model's class names in order, which sub-folder names must be among;
     shapes: sizes for free axes; skip_unreadable: leaves images out that cannot be decoded, with a note.
-    Raises DataError, UnknownName or MissingBackend (digits without scikit-learn).
+    Raises DataError or MissingBackend (digits without scikit-learn).
     """
     samples = _open(spec, signature, preprocess, classes, shapes, skip_unreadable)
     return samples if limit is None else limited(samples, limit)
@@ -67,8 +67,9 @@ def _open(
         raise DataError(f"DATA '{spec}' cannot be read: {exc}", f"expected {KINDS}") from exc
     if folder and is_idx_folder(path):
         return open_idx(path, signature, preprocess, shapes)
-    if folder:
-        return open_images(path, signature, preprocess, shapes, classes, skip_unreadable=skip_unreadable)
+    if folder or (file and path.suffix.lower() in EXTENSIONS):
+        listing = list_images(path) if folder else one_image(path)
+        return open_images(spec, listing, signature, preprocess, shapes, classes, skip_unreadable=skip_unreadable)
     if file and path.suffix.lower() == ".npz":
         return open_npz(path, signature)
     what = "is a file of another kind" if file else "does not exist"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 from deploykit import children
 from deploykit.data import content, pixels
 from deploykit.data.image_input import ImageInput, image_input
-from deploykit.errors import DataError, UnknownName
+from deploykit.errors import DataError
 from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
 from deploykit.signature import Outputs, ShapeRange, Signature
@@ -54,15 +55,17 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files relative to the folder, in order; their class folders (None: a flat folder); what was left aside."""
+    """Image files relative to `root`, in order; their class folders (None: a flat folder); what was left aside."""
 
+    root: Path
     files: tuple[str, ...]
     folders: tuple[str, ...] | None
     notes: tuple[str, ...]
 
 
 def open_images(
-    root: Path,
+    spec: str,
+    listing: Listing,
     signature: Signature,
     preprocess: Preprocess | None,
     shapes: Mapping[str, ShapeRange] | None,
@@ -70,51 +73,62 @@ def open_images(
     *,
     skip_unreadable: bool = False,
 ) -> Samples:
-    """Every image below `root`, each decoded once to know that it can be (remembered by size and time).
+    """The images of `listing`, each decoded once to know that it can be (remembered by size and time).
 
-    Raises DataError: no images, no preprocessing, an image that cannot be decoded (or, with `skip_unreadable`, only
-    when none can); UnknownName for a sub-folder that is none of `classes`.
+    Raises DataError: no preprocessing, a sub-folder that is none of `classes`, an image that cannot be decoded (or, with
+    `skip_unreadable`, only when none can).
     """
-    listing = list_images(root)
     if preprocess is None:
         raise DataError(
-            f"{root} holds images, and nothing says how they become the model's input",
+            f"{spec} holds images, and nothing says how they become the model's input",
             "add --preprocess, for example resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225, or imagenet, or none",
         )
     target = image_input(signature, preprocess, shapes)
     _check_sizes(target, preprocess)
-    names = tuple(sorted(set(listing.folders))) if listing.folders is not None else None
-    order = classes or names
-    if names is not None and classes:
-        for name in names:
-            if name not in classes:
-                raise UnknownName(f"class folder in {root}", name, classes)
+    root = listing.root
+    order, notes = _class_order(spec, listing, classes)
     facts = _facts(root, listing.files)
     keep = [i for i, fact in enumerate(facts) if fact.decodes]
-    notes = listing.notes + _about_unreadable(root, listing.files, facts, skip=skip_unreadable)
-    if names is not None and not classes:
-        notes += _about_order(names)
+    notes = listing.notes + notes + _about_unreadable(root, listing.files, facts, skip=skip_unreadable)
     labels = None
     if listing.folders is not None and order is not None:
         index = {name: i for i, name in enumerate(order)}
         labels = tuple(index[listing.folders[i]] for i in keep)
+    files, digests = tuple(listing.files[i] for i in keep), tuple(facts[i].sha256 for i in keep)
     return Samples(
-        spec=str(root),
-        content=content.combine({listing.files[i]: facts[i].sha256 for i in keep}),
-        reader=ImageReader(
-            str(root.resolve()),
-            tuple(listing.files[i] for i in keep),
-            tuple(facts[i].sha256 for i in keep),
-            target,
-            preprocess,
-        ),
+        spec=spec,
+        content=content.combine(dict(zip(files, digests, strict=True))),
+        reader=ImageReader(str(root.resolve()), files, digests, target, preprocess),
         signature=signature,
         preprocess=preprocess,
         indices=tuple(range(len(keep))),
         labels=labels,
-        classes=order if names is not None else classes,
+        classes=order,
         notes=notes,
     )
+
+
+def _class_order(spec: str, listing: Listing, classes: tuple[str, ...] | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """(class names in label order, what to note about it)."""
+    if listing.folders is None:
+        return classes, ()
+    names = sorted(set(listing.folders))
+    if not classes:
+        return tuple(names), _about_order(names)
+    for name in names:
+        if name not in classes:
+            close = difflib.get_close_matches(name, classes, n=1)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise DataError(
+                f"sub-folder '{name}' of {spec} is none of the model's {len(classes)} classes ({_shown(classes)})",
+                f"{hint}name the sub-folders after the classes, or give the class names in the model's order with --classes FILE",
+            )
+    return classes, ()
+
+
+def one_image(path: Path) -> Listing:
+    """A single image as a listing."""
+    return Listing(path.parent, (path.name,), None, ())
 
 
 def list_images(root: Path) -> Listing:
@@ -152,7 +166,7 @@ def list_images(root: Path) -> Listing:
         )
     if other:
         notes.append(f"{len(other)} file(s) left aside: {_shown([str(p.relative_to(root)) for p in other])}")
-    return Listing(listing, labels, tuple(notes))
+    return Listing(root, listing, labels, tuple(notes))
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -224,8 +238,8 @@ def _about_unreadable(root: Path, files: Sequence[str], facts: Sequence[content.
     return (f"{len(bad)} image(s) that cannot be decoded were left out: {_shown([n for n, _ in bad])}",)
 
 
-def _about_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+def _about_order(names: Sequence[str]) -> tuple[str, ...]:
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != names:
         return ("class folders are numbers sorted as text (1, 10, 2), as torchvision does; give --classes for another order",)
     return ()
 

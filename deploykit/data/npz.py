@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.data import content
-from deploykit.errors import DataError, UnknownName
+from deploykit.errors import DataError
 from deploykit.samples import Samples
 from deploykit.signature import Outputs, Signature, TensorSpec
 
@@ -49,13 +50,17 @@ class NpzReader:
 def open_npz(path: Path, signature: Signature) -> Samples:
     """The samples of an .npz file; `labels` beside the inputs are class indices.
 
-    Raises UnknownName for an array that is no input, DataError for one that does not fit: rank, sizes, type, count, NaN.
+    Raises DataError for an array that is no input or does not fit: rank, sizes, type, count, NaN.
     """
     raw = _load(path)
     names = [spec.name for spec in signature.inputs]
     for name in raw:
         if name not in names and name != _LABELS:
-            raise UnknownName(f"array in {path.name}", name, [*names, _LABELS])
+            close = difflib.get_close_matches(name, names, n=1)
+            raise DataError(
+                f"array '{name}' in {path} is no input of the model; its inputs are: {', '.join(names)}",
+                (f"did you mean '{close[0]}'? " if close else "") + "name the arrays after the inputs; 'labels' may be added",
+            )
     missing = [name for name in names if name not in raw]
     if missing:
         raise DataError(
