@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,10 @@ class Report:
 
     def best(self) -> Row | None:
         """The ok row with the highest throughput among those that keep the accuracy; None when none is known to."""
+        return self._best
+
+    @functools.cached_property
+    def _best(self) -> Row | None:
         able = [r for r in self.rows if r.status == "ok" and r.images_per_s is not None and self.keeps_accuracy(r)]
         return max(able, key=lambda r: r.images_per_s or 0.0, default=None)
 

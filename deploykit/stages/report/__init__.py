@@ -9,13 +9,14 @@ from pathlib import Path
 
 from deploykit.errors import InputError, OutOfSpace
 from deploykit.report_document import MEASUREMENTS_FILE, REPORT_FILE, Report
-from deploykit.stages.report import csv_table, json_document, markdown
+from deploykit.stages.report import csv_table, html_page, json_document, markdown
 
 _FULL = ("ENOSPC", "EDQUOT")
 FORMATS: dict[str, Callable[[Report], str]] = {
     REPORT_FILE: json_document.text,
     "report.csv": csv_table.text,
     "report.md": markdown.text,
+    "report.html": html_page.text,
 }
 
 
