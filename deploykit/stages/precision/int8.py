@@ -78,6 +78,8 @@ def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -
         notes.append(
             "uint8 x int8 saturates on CPUs without VNNI (16-bit sums); there, quantize with reduced range (7-bit weights)"
         )
+    if layout == "tensorrt" and counts.get("ConvTranspose"):
+        notes.append("TensorRT-RTX 1.7 runs ConvTranspose in Half or Float even between Q/DQ (seen); full TensorRT has INT8 ones")
     inner = left_in_bodies(graph)
     if inner:
         notes.append(f"left in float inside control-flow bodies: {dict(inner)}")
