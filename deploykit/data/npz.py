@@ -90,15 +90,16 @@ def _arrays(path: str, signature: Signature, _stamp: int) -> Outputs:
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds one array, not several by name", "write it with numpy.savez(path, INPUT=array)")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} holds one array, not several by name", "write it with numpy.savez(path, INPUT=array)")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except ValueError as exc:
         if "pickle" in str(exc).lower():
             raise DataError(f"{path} holds pickled objects, which could run code: refused", "save plain numeric arrays") from exc
         raise DataError(f"{path} cannot be read as .npz: {exc}", "write it with numpy.savez") from exc
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as exc:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError, MemoryError) as exc:
         raise DataError(f"{path} cannot be read as .npz: {exc}", "write it with numpy.savez") from exc
 
 
