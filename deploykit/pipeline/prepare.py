@@ -39,7 +39,10 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py"),
     "source": ("stages/export*.py", "stages/source*.py", "source_spec.py"),
     "check": ("stages/checks/*.py", "graph.py"),
-    "calibrate": ("stages/calibration.py", "histogram.py", "calibration_table.py", "graph.py", "data/*.py", "preprocess.py"),
+    "calibrate": (
+        *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
+        *("graph.py", "data/*.py", "preprocess.py"),
+    ),
     "precision": ("stages/precision/*.py", "graph.py"),
     "engine": ("session.py", "pipeline/prepare.py"),
     "measure": ("hosted.py", "stages/bench.py", "stages/accuracy.py", "measurement.py", "drift.py", "data/*.py", "preprocess.py"),

@@ -259,7 +259,7 @@ def test_a_model_that_runs_at_batch_1_alone_is_run_there(tmp_path: Path) -> None
     assert any("one sample at a time" in note for note in table.notes)
 
 
-def test_runs_in_a_child_and_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_tells_how_far_it_is(tmp_path: Path) -> None:
     path = tiny_models.conv_net(tmp_path / "m.onnx")
     shares: list[float] = []
     with children.reporting(lambda _what, share: shares.append(share)):
