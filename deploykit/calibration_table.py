@@ -40,11 +40,11 @@ class Range:
 class CalibrationTable:
     """Ranges per tensor name (inputs of the model among them), chosen by one method on one set of samples.
 
-    ranges: what an asymmetric quantizer maps onto its levels, once widened to hold zero; observed: exact extremes over all the samples; symmetric:
-    the amax a symmetric quantizer should use where the method chose one of its own (the best clipping of |x| is not
-    always the larger end of the best [low, high]). model_sha256: `graph.digest` of the float model; samples_digest:
-    `Samples.digest`; preprocess: its JSON; n: samples seen; options: the method's settings, and 'random': True where
-    the samples were random:N.
+    ranges: what an asymmetric quantizer maps onto its levels, once widened to hold zero; observed: exact extremes over all
+    the samples; symmetric: the amax a symmetric quantizer should use where the method chose one of its own (the best
+    clipping of |x| is not always the larger end of the best [low, high]). model_sha256: `graph.digest` of the float model;
+    samples_digest: `Samples.digest`; preprocess: its JSON; n: samples seen; options: the method's settings, and 'random':
+    True where the samples were random:N.
     """
 
     ranges: Mapping[str, Range]

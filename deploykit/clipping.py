@@ -63,8 +63,8 @@ def _entropy(seen: Observation, _: float) -> tuple[float, float, float]:
     used = min(int(max(abs(seen.low), abs(seen.high)) / width) + 1, pairs.size)
     amax = kl_bins(pairs[:used], SYMMETRIC_LEVELS) * width
     wide = amax
-    if seen.low >= 0.0 or seen.high <= 0.0:  # an asymmetric quantizer has all its levels on the one side
-        wide = kl_bins(pairs[:used], ASYMMETRIC_LEVELS) * width
+    if seen.low >= 0.0 or seen.high <= 0.0:  # an asymmetric quantizer has all its levels on the one side: it clips no more
+        wide = max(wide, kl_bins(pairs[:used], ASYMMETRIC_LEVELS) * width)
     return -wide, wide, amax
 
 

@@ -139,7 +139,8 @@ def _see(state: _Progress, opened: Activations, plan: Plan, feeds: Feeds, count:
             state.masks.add(name)
             state.seen.pop(name, None)
             continue
-        sampled = [sampled_row(row, state.done + i, most) for i, row in enumerate(rows)]
+        start = 0 if opened.layouts[name].axis is None else state.done
+        sampled = [sampled_row(row, start + i, most) for i, row in enumerate(rows)]
         values = rows if sampled[0].size == rows[0].size else np.stack(sampled)
         state.seen.setdefault(name, Observation()).see(low, high, values)
 
