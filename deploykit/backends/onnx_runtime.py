@@ -130,7 +130,7 @@ class OnnxRuntimeSession:
 
     def __init__(self, session: Any, signature: Signature, precision: str, request: OpenRequest, notes: tuple[str, ...]) -> None:
         self._session: Any | None = session
-        self._batch = request.batch
+        self._request = request
         self.signature = signature
         self.precision = precision
         self.device = "cpu"
@@ -140,7 +140,7 @@ class OnnxRuntimeSession:
 
     def infer(self, feeds: Feeds) -> Outputs:
         """Outputs by name. Raises InputError for feeds that do not fit, BackendFailed when the engine fails."""
-        arrays = opened.ready(self.signature, self._batch, feeds)
+        arrays = opened.ready(self.signature, self._request, feeds)
         try:
             return dict(zip(self._names, self._open().run(self._names, arrays), strict=True))
         except Exception as exc:
@@ -154,7 +154,7 @@ class OnnxRuntimeSession:
         """
         import onnxruntime as ort
 
-        arrays = opened.ready(self.signature, self._batch, feeds)
+        arrays = opened.ready(self.signature, self._request, feeds)
         session = self._open()
         shapes = [s.shape for s in self.signature.outputs]
         if any(isinstance(d, str) and d != self.signature.batch_symbol for shape in shapes for d in shape):

@@ -21,18 +21,26 @@ def require_batch(signature: Signature, request: OpenRequest) -> None:
         signature.shapes(request.batch, request.shapes)
 
 
-def ready(signature: Signature, batch: int, feeds: Feeds) -> Outputs:
-    """The feeds as contiguous arrays in the signature's order, once they fit the signature at `batch`.
+def ready(signature: Signature, request: OpenRequest, feeds: Feeds, *, static: bool = False) -> Outputs:
+    """The feeds as contiguous arrays in the signature's order, once they fit the signature at the opened batch.
 
+    `static`: the engine was made for the `opt` shapes of `request.shapes` and takes no others.
     Raises InputError for a wrong name, dtype, rank or size, and for another batch than the opened one.
     """
     signature.check(feeds)
+    batch = request.batch
     for spec in signature.inputs:
         axis = signature.batch_axis(spec)
         if axis is not None and feeds[spec.name].shape[axis] != batch:
             raise InputError(
                 f"input '{spec.name}' has batch {feeds[spec.name].shape[axis]} (axis {axis}), this engine was opened at {batch}",
                 f"feed {batch} samples at a time, or open the engine at another batch",
+            )
+    for name, shape in signature.shapes(batch, request.shapes).items() if static else ():
+        if feeds[name].shape != shape:
+            raise InputError(
+                f"input '{name}' has shape {feeds[name].shape}, this engine was opened at {shape}",
+                "open it with the shape of the data as the middle one of --shapes",
             )
     return {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in signature.inputs}
 

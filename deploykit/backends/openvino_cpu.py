@@ -107,7 +107,7 @@ class OpenVinoSession:
 
     def __init__(self, compiled: Any, signature: Signature, request: OpenRequest) -> None:
         self._compiled: Any | None = compiled
-        self._batch = request.batch
+        self._opened_at = request
         self.signature = signature
         self.device = "cpu"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
@@ -153,7 +153,7 @@ class OpenVinoSession:
         import openvino as ov
 
         self._compiled_or_raise()
-        arrays = opened.ready(self.signature, self._batch, feeds)
+        arrays = opened.ready(self.signature, self._opened_at, feeds, static=True)
         try:
             for index, array in zip(self._inputs, arrays.values(), strict=True):
                 request.set_input_tensor(index, ov.Tensor(array))

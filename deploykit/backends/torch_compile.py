@@ -85,7 +85,7 @@ class TorchCompile:
         compiled = _compile(step, engine.signature, shapes)
         report_progress("compiled", 1.0)
         notes = ("autocast to BF16",) if request.precision == "bf16" else ()
-        return torch_source.TorchSession(compiled, source, engine.signature, request, request.precision, notes)
+        return torch_source.TorchSession(compiled, source, engine.signature, request, request.precision, notes, static=True)
 
 
 def compiler() -> str | None:

@@ -103,12 +103,15 @@ class TorchSession:
         request: OpenRequest,
         precision: str,
         notes: tuple[str, ...] = (),
+        *,
+        static: bool = False,
     ) -> None:
         import torch
 
         torch.set_num_threads(request.threads)
         self._step: Callable[..., Any] | None = step
-        self._batch = request.batch
+        self._request = request
+        self._static = static
         self._given = source.output_names
         self.signature = signature
         self.precision = precision
@@ -133,7 +136,7 @@ class TorchSession:
         step = self._step
         if step is None:
             raise BackendFailed("this PyTorch session is closed", "open the engine again")
-        arrays = opened.ready(self.signature, self._batch, feeds)
+        arrays = opened.ready(self.signature, self._request, feeds, static=self._static)
         tensors = {name: torch.from_numpy(a if a.flags.writeable else a.copy()) for name, a in arrays.items()}
         mode = torch.inference_mode
 
