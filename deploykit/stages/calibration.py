@@ -235,8 +235,8 @@ def _notes(state: _Progress, plan: Plan, samples: Samples) -> list[str]:
         notes.append("calibrated on random numbers: the ranges say nothing about real data")
     if n < FEW:
         notes.append(
-            f"{n} sample{'s are' if n > 1 else ' is'} few: one unseen sample in {n + 1} can be expected to go beyond the extremes "
-            f"of any one tensor (1 / (n + 1)); with {FEW} or more it is 1 %, and NVIDIA calibrates ImageNet networks on about 500"
+            f"{n} sample{'s are' if n > 1 else ' is'} few: one unseen sample in {n + 1} can be expected to exceed the largest value "
+            f"seen of any one tensor (1 / (n + 1)); with {FEW} or more it is 1 %, and NVIDIA calibrates ImageNet networks on about 500"
         )
     if n > 1 and not state.vary:
         notes.append(f"all {n} samples are alike: the ranges are those of one input")
