@@ -14,6 +14,7 @@ MODULES = {
     "onnxruntime": "onnx_runtime",
     "openvino": "openvino_cpu",
     "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt": "tensorrt_full",
 }
 
 

@@ -13,7 +13,7 @@ from deploykit.children import has_module
 from deploykit.errors import BackendFailed, MissingBackend, UnknownName
 from deploykit.session import BuildRequest, Missing, OpenRequest, Session
 from deploykit.signature import Signature
-from deploykit.trt import builder, gpu, layers, plan, plan_header, profiles
+from deploykit.trt import account, builder, gpu, layers, parser_graph, plan, plan_header, profiles
 
 _GRAPHS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt", "mixed": "int8-tensorrt"}
 ENGINE_NAME = "model.engine"
@@ -103,18 +103,12 @@ class TensorRtRtx:
         wanted = profiles.for_batches(
             artifact.signature, request.batches, request.shapes, each=bool(options.get("profile_each_batch", False))
         )
-        model = builder.prepared(artifact.path)
+        model = parser_graph.load(artifact.path)
         spec = builder.PlanSpec(profiles=wanted, target=request.target)
         made = builder.build(trt, model, artifact.path, artifact.signature, spec)
-        asked = layers.asked(model)
-        missed = layers.shortfalls(asked, made.layers)
-        lines = plan.shortfall_lines(missed, layers.requested(asked))
-        if request.precision == "int8" and not any(want.precision == "Int8" for want in asked):
-            raise BackendFailed(
-                "asked for INT8, but no convolution or matrix product of the graph has Q/DQ nodes before it",
-                "quantize it first: `deploykit quantize --mode static --layout tensorrt`",
-            )
-        explained = [plan.RTX_TURING_INT8] if request.target == "sm75" and missed else []
+        if request.precision == "int8":
+            account.require_quantized(model)
+        told = account.facts(model, made, wanted, explained=[plan.RTX_TURING_INT8] if request.target == "sm75" else ())
         again = _rebuild(made, artifact, spec, options)
         engine = folder / ENGINE_NAME
         write_atomically(engine, made.data)
@@ -131,21 +125,7 @@ class TensorRtRtx:
             options={"target": request.target, "batches": list(request.batches), **options},
             versions=self.versions(),
             device=request.target,
-            facts={
-                "target": request.target,
-                "profiles": profiles.to_json(wanted),
-                "requested": layers.requested(asked),
-                "layers": layers.by_kind(made.layers),
-                "fallback": [{"node": m.node, "op": m.op, "actual": m.actual} for m in missed],
-                "fell_back": "; ".join(lines) or None,
-                "warnings": [*lines, *explained, *made.warnings],
-                "network_layers": made.network_layers,
-                "plan_layers": len(made.layers),
-                "parse_s": made.parse_s,
-                "build_s": made.build_s,
-                "rebuild": again,
-                "validated_on_gpu": False,
-            },
+            facts={**told, "target": request.target, "rebuild": again},
         )
 
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
@@ -206,7 +186,7 @@ def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tup
     """Size, sha256 and layers by kind of the plan for a graph; called in a process of its own."""
     import tensorrt_rtx as trt
 
-    made = builder.build(trt, builder.prepared(path), path, signature, spec)
+    made = builder.build(trt, parser_graph.load(path), path, signature, spec)
     return len(made.data), hashlib.sha256(made.data).hexdigest(), layers.by_kind(made.layers)
 
 

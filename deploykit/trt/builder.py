@@ -6,15 +6,15 @@ crash on a graph it does not like, so whoever calls this does it in a child proc
 
 from __future__ import annotations
 
-import heapq
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit import graph
 from deploykit.errors import BackendFailed, InputError, ModelError
 from deploykit.signature import Signature
+from deploykit.trt import implicit
 from deploykit.trt import layers as layer_listing
 from deploykit.trt.log import Heard, recorder
 from deploykit.trt.profiles import Profile
@@ -30,11 +30,13 @@ _BAD_FILE = ("MODEL_DESERIALIZE_FAILED", "INVALID_GRAPH")
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """What to build: profiles in order, and the GPU generation ('sm75', ...; None = the GPU that is here)."""
+    """What to build: profiles in order, the GPU generation ('sm75', ...; None = the GPU that is here), the builder flags
+    that this generation still has, and the text of a calibration cache for implicit INT8 (TensorRT up to 10)."""
 
     profiles: tuple[Profile, ...] = ()
     target: str | None = None
     builder_flags: tuple[str, ...] = ()
+    calibration_cache: str | None = None
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     timing_cache: bytes | None = None
 
@@ -59,87 +61,8 @@ class Plan:
 _builds = 0  # in this process
 
 
-def prepared(path: Path) -> onnx.ModelProto:
-    """The graph as the parser gets it: checked, every node named once, and without metadata (torch's exporter writes
-    absolute paths there, and the same model must give the same plan wherever it was exported).
-
-    Raises ModelError for a graph that ONNX's checker refuses, BackendFailed for one known to crash the builder.
-    """
-    import onnx
-
-    model = graph.load(path)
-    _sort_nodes(model)
-    try:
-        onnx.checker.check_model(model if model.ByteSize() < graph.MAX_INLINE_BYTES else str(path))
-    except (onnx.checker.ValidationError, ValueError) as exc:
-        reason = str(exc).strip().splitlines()[0]
-        raise ModelError(f"{path.name} is no valid ONNX graph: {reason}", "export it again") from exc
-    graph.strip_metadata(model)
-    taken: set[str] = set()
-    for index, node in enumerate(model.graph.node):
-        name = node.name or f"{node.op_type}_{index}"
-        node.name = name if name not in taken else f"{name}_{index}"
-        taken.add(node.name)
-    _refuse_computed_scales(model)
-    return model
-
-
-def _sort_nodes(model: onnx.ModelProto) -> None:
-    """Puts each node after those it reads from: ONNX asks for it, and ONNX Runtime's own FP16 converter does not keep it."""
-    made = {output: i for i, node in enumerate(model.graph.node) for output in node.output if output}
-    readers: dict[int, list[int]] = {}
-    waits = []
-    for index, node in enumerate(model.graph.node):
-        sources = {made[name] for name in _reads(node) if name in made}
-        waits.append(len(sources))
-        for source in sources:
-            readers.setdefault(source, []).append(index)
-    ready = [i for i, left in enumerate(waits) if left == 0]
-    heapq.heapify(ready)
-    order: list[int] = []
-    while ready:
-        index = heapq.heappop(ready)
-        order.append(index)
-        for reader in readers.get(index, []):
-            waits[reader] -= 1
-            if waits[reader] == 0:
-                heapq.heappush(ready, reader)
-    if len(order) == len(waits) and order != sorted(order):  # a cycle is left for the checker to name
-        nodes = [model.graph.node[i] for i in order]
-        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-        model.graph.ClearField("node")
-        model.graph.node.extend(copies)
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """The names a node reads, those its sub-graphs take from outside among them."""
-    names = list(node.input)
-    for attribute in node.attribute:
-        for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-            for inner in body.node:
-                names.extend(_reads(inner))
-            names.extend(output.name for output in body.output)
-    return names
-
-
-def _refuse_computed_scales(model: onnx.ModelProto) -> None:
-    """Seen with TensorRT-RTX 1.7.1: a scale that another node computes ends the process with SIGSEGV."""
-    constant = {t.name for t in model.graph.initializer}
-    for node in model.graph.node:  # in topological order, as the checker requires
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 1 and node.input[1] not in constant:
-            raise BackendFailed(
-                f"node '{node.name}' ({node.op_type}): its scale '{node.input[1]}' is computed in the graph; TensorRT takes "
-                "constant scales only (TensorRT-RTX crashes on it)",
-                "quantize with static calibration: `deploykit calibrate`, then `deploykit quantize --mode static`",
-            )
-        if node.op_type == "Constant" or (
-            node.op_type in ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze") and all(i in constant for i in node.input)
-        ):
-            constant.update(node.output)
-
-
 def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, spec: PlanSpec) -> Plan:
-    """The plan for a `prepared` model. `path` is where it came from, for graphs too large to pass in memory.
+    """The plan for a model from `parser_graph.load`. `path` is where it came from, for graphs too large to pass in memory.
 
     Raises ModelError and BackendFailed naming the operator and node where the parser does, InputError for a target or
     flag that this generation does not have.
@@ -149,7 +72,7 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     first = _builds == 1
     logger, heard = recorder(trt)
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt))
+    network = builder.create_network(network_flags(trt, typed=not spec.builder_flags))
     parser = trt.OnnxParser(network, logger)
     start = time.perf_counter()
     if model.ByteSize() < graph.MAX_INLINE_BYTES:
@@ -173,19 +96,47 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     return Plan(bytes(memoryview(memory)), found, heard.notable_warnings(), network.num_layers, parse_s, build_s, first, saved)
 
 
-def network_flags(trt: Any, *, implicit: bool = False) -> int:
+def with_layers(made: Plan, found: tuple[layer_listing.Layer, ...]) -> Plan:
+    """The plan with the layers that its inspector listed, where the builder's log had none."""
+    return replace(made, layers=found or made.layers)
+
+
+def network_flags(trt: Any, *, typed: bool = True) -> int:
     """The creation flags of this generation: strongly typed where that can be chosen, explicit batch where it must be.
 
-    STRONGLY_TYPED is 1 in TensorRT 10 and 0 in 11 and RTX, so its value is read from the module. Implicit INT8 needs a
-    weakly typed network.
+    STRONGLY_TYPED is 1 in TensorRT 10 and 0 in 11 and RTX, so its value is read from the module. Precision flags, and
+    with them implicit INT8, need a network that is not strongly typed.
     """
     flag = trt.NetworkDefinitionCreationFlag
     bits = 0
-    if hasattr(flag, "STRONGLY_TYPED") and not implicit:
+    if hasattr(flag, "STRONGLY_TYPED") and typed:
         bits |= 1 << int(flag.STRONGLY_TYPED)
     if hasattr(flag, "EXPLICIT_BATCH"):
         bits |= 1 << int(flag.EXPLICIT_BATCH)
     return bits
+
+
+def precision_flags(trt: Any, precision: str, *, calibrated: bool = False) -> tuple[str, ...]:
+    """The builder flags that a precision needs: none for a strongly typed network, where the graph says it all.
+
+    TensorRT 8.6 has only weakly typed networks, so FP16 and INT8 are flags there; `calibrated` is implicit INT8.
+    """
+    if calibrated:
+        return implicit.FLAGS
+    if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or precision == "fp32":
+        return ()
+    return ("FP16",) if precision == "fp16" else implicit.FLAGS
+
+
+def inspect(trt: Any, data: bytes) -> tuple[layer_listing.Layer, ...]:
+    """The layers of a plan as its inspector lists them; needs the GPU it was built for. Raises BackendFailed."""
+    logger, heard = recorder(trt)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise BackendFailed(f"{trt.__name__} cannot load the plan it has just built: {heard.first_error() or 'no reason given'}")
+    inspector = engine.create_engine_inspector()
+    return layer_listing.from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def targets(trt: Any) -> tuple[str, ...]:
@@ -235,6 +186,12 @@ def _config(trt: Any, builder: Any, network: Any, spec: PlanSpec) -> Any:
             raise InputError(f"{trt.__name__} {trt.__version__} has no builder flag {name}", "precision is in the graph there")
         config.set_flag(getattr(trt.BuilderFlag, name))
     _add_profiles(builder, config, network, spec.profiles)
+    if spec.calibration_cache is not None:
+        if not implicit.available(trt):
+            raise InputError(
+                f"{trt.__name__} {trt.__version__} has no INT8 calibrators", "use Q/DQ in the graph: --int8-mode explicit"
+            )
+        config.int8_calibrator = implicit.calibrator(trt, spec.calibration_cache)
     return config
 
 

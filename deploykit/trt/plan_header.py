@@ -41,9 +41,7 @@ def read(path: Path) -> PlanHeader:
     except IsADirectoryError as exc:
         raise InputError(f"{path} is a folder, not an engine", "name the engine file in it") from exc
     if data[:4] != MAGIC:
-        found = (
-            "an ONNX file" if path.suffix == ".onnx" else "a plan of full TensorRT" if data[:4] == b"ftrt" else "something else"
-        )
+        found = "an ONNX file" if path.suffix == ".onnx" else "perhaps full TensorRT's" if data[1:4] == b"trt" else "not known"
         raise InputError(f"{path.name} is no TensorRT-RTX plan: it starts with {data[:4]!r}, {found}", _REBUILD)
     if len(data) < SIZE:
         raise InputError(f"{path.name} is cut off after {len(data)} bytes", _REBUILD)

@@ -98,15 +98,15 @@ class EngineSession:
         self._rtx = hasattr(engine, "create_runtime_config") and hasattr(trt, "CudaGraphStrategy")
         self._cache: Any = None
         if self._rtx:
-            config = engine.create_runtime_config()
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            runtime_config = engine.create_runtime_config()
+            runtime_config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._cache_path is not None:
-                self._cache = config.create_runtime_cache()
+                self._cache = runtime_config.create_runtime_cache()
                 if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
                     self._notes.append("runtime cache: made for another GPU, driver or version; made anew")
-                config.set_runtime_cache(self._cache)
-            context = engine.create_execution_context(config)
+                runtime_config.set_runtime_cache(self._cache)
+            context = engine.create_execution_context(runtime_config)
         else:
             context = engine.create_execution_context()
         if context is None:
