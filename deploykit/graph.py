@@ -111,6 +111,8 @@ def signature(model: onnx.ModelProto) -> Signature:
         tensor = value.type.tensor_type
         if tensor.elem_type in (0, onnx.TensorProto.STRING):
             dtype = "str" if tensor.elem_type else "float32"
+        elif tensor.elem_type not in onnx.TensorProto.DataType.values():
+            raise ModelError(f"'{value.name}' has the unknown type {tensor.elem_type}", "export the model again")
         else:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         if is_input and not tensor.HasField("shape"):

@@ -36,49 +36,58 @@ def find(path: Path, targets: Sequence[str] = (), *, shapes: Mapping[str, ShapeR
 
 
 def _hits(graph: Graph, targets: tuple[str, ...], shapes: Mapping[str, ShapeRange] | None) -> Iterator[Hit]:
-    signature = graph.signature
-    coarse = any(n.op_type.endswith("Linear") or n.op_type.endswith("Integer") for n in graph.nodes)
-    coarse = coarse or any(spec.dtype in ("float16", "bfloat16") for spec in signature.outputs) or _stores_half(graph)
-    ran = runs.prove(graph.path, signature, COARSE_TOLERANCE if coarse else TOLERANCE, shapes)
-    yield from _validity(graph, ran, targets)
+    ran = runs.prove(graph.path, graph.signature, COARSE_TOLERANCE if _is_coarse(graph) else TOLERANCE, shapes)
+    refused = list(loaders.openvino(graph.path)) if "openvino" in targets else []
+    yield from refused
+    invalid = list(_validity(graph, ran, loaded=ran.loaded or ("openvino" in targets and not refused)))
+    yield from invalid
+    yield from _onnxruntime(graph, ran, targets, quiet=bool(invalid))
     yield from structure.find(graph)
-    yield from interface.find(graph)
-    yield from weights.find(graph)
-    yield from quantized.find(graph)
-    yield from batch.find(graph, ran)
-    if "openvino" in targets:
-        yield from loaders.openvino(graph.path)
+    sound = not any(hit.code == "DK001" for hit in invalid)
+    if sound:  # these trust what the checker has passed
+        yield from interface.find(graph)
+        yield from weights.find(graph)
+        yield from quantized.find(graph)
+        yield from batch.find(graph, ran)
     for target in targets:
         if target in TENSORRT:
-            rules = list(tensorrt.find(graph, target))
+            rules = list(tensorrt.find(graph, target)) if sound else []
             yield from rules
-            # A computed scale crashes the parser, and a rule that failed has named its node already.
-            if not any(RULES[hit.code].severity == "error" for hit in rules):
+            if not any(RULES[hit.code].severity == "error" for hit in rules):  # else the nodes are named already
                 yield from loaders.tensorrt(graph.path, target)
 
 
-def _stores_half(graph: Graph) -> bool:
+def _is_coarse(graph: Graph) -> bool:
+    """Whether a sample's outputs may move with its batch by a rounding step: FP16, BF16 or integers inside."""
     import onnx
 
     halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return any(t.data_type in halves for t in graph.tensors.values())
+    return (
+        any(n.op_type.endswith(("Linear", "Integer")) or n.op_type.startswith("QLinear") for n in graph.nodes)
+        or any(spec.dtype in ("float16", "bfloat16") for spec in graph.signature.outputs)
+        or any(t.data_type in halves for t in graph.tensors.values())
+    )
 
 
-def _validity(graph: Graph, ran: runs.Report, targets: tuple[str, ...]) -> Iterator[Hit]:
-    """DK001 when the checker and ONNX Runtime both refuse, DK002 or DK003 when only the checker does, DK060 when only
-    ONNX Runtime does."""
+def _validity(graph: Graph, ran: runs.Report, *, loaded: bool) -> Iterator[Hit]:
+    """DK001 when the checker refuses and no engine that was asked loads the model, DK002 when one does, DK003 when only
+    strict shape inference fails."""
     checker = structure.checker_error(graph)
-    inference = None if checker else structure.inference_error(graph)
-    if checker and not ran.loaded:
+    if checker and not loaded:
         said = f"; ONNX Runtime: {ran.load_error}" if ran.load_error else f"; ONNX Runtime was not asked: {ran.not_run}"
         yield Hit("DK001", structure.named_in(graph, checker), checker + said)
     elif checker:
         yield Hit("DK002", structure.named_in(graph, checker), checker)
-    elif inference:
+    elif inference := structure.inference_error(graph):
         yield Hit("DK003", structure.named_in(graph, inference), inference)
-    if "onnxruntime" in targets and ran.load_error:
-        yield Hit("DK060", structure.named_in(graph, ran.load_error), ran.load_error, "onnxruntime")
-    elif ran.load_error and not checker:
+
+
+def _onnxruntime(graph: Graph, ran: runs.Report, targets: tuple[str, ...], *, quiet: bool) -> Iterator[Hit]:
+    """What ONNX Runtime's loader says; where it isn't a target, only that nothing could be proven by running."""
+    if "onnxruntime" in targets:
+        if ran.load_error:
+            yield Hit("DK060", structure.named_in(graph, ran.load_error), ran.load_error, "onnxruntime")
+        if ran.not_run == runs.NOT_INSTALLED:
+            yield Hit("DK065", detail=ran.not_run, target="onnxruntime", remedy="pip install 'deploykit[cpu]'")
+    elif ran.load_error and not quiet:
         yield Hit("DK015", detail=f"ONNX Runtime refuses the model: {ran.load_error}")
-    if "onnxruntime" in targets and ran.not_run == runs.NOT_INSTALLED:
-        yield Hit("DK065", detail=ran.not_run, target="onnxruntime", remedy="pip install 'deploykit[cpu]'")

@@ -44,11 +44,11 @@ def _table(*rows: tuple[str, str, str, str]) -> dict[str, Rule]:
 
 RULES = _table(
     # --- the file
-    ("DK001", "error", "not a valid ONNX model, and no engine here loads it", "export the model again"),
+    ("DK001", "error", "not a valid ONNX model, and no engine that was asked loads it", "export the model again"),
     (
         "DK002",
         "warning",
-        "onnx.checker refuses it, though ONNX Runtime loads it",
+        "onnx.checker refuses it, though an engine here loads it",
         "export it again with a current exporter; other engines may refuse it",
     ),
     (

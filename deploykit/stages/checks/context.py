@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit import graph as onnx_graph
+from deploykit.errors import ModelError
 from deploykit.signature import ShapeRange, Signature
 
 if TYPE_CHECKING:
@@ -47,10 +48,20 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from found.graphs
 
 
+def _require_text(*names: object) -> None:
+    """Raises ModelError for a name that is no UTF-8: protobuf hands it over as bytes."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"the model holds a name that is no text ({name!r}): the file is damaged", "export or copy it again")
+
+
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
     import onnx
 
-    if tensor.data_type in (onnx.TensorProto.STRING, onnx.TensorProto.UNDEFINED):
+    if tensor.data_type not in onnx.TensorProto.DataType.values() or tensor.data_type in (
+        onnx.TensorProto.STRING,
+        onnx.TensorProto.UNDEFINED,
+    ):
         return 0
     if tensor.raw_data:
         return len(tensor.raw_data)
@@ -83,10 +94,17 @@ class Graph:
     @classmethod
     def load(cls, path: Path) -> Graph:
         """The graph of an .onnx file. Raises ModelError for a file that is none."""
-        return cls(onnx_graph.load(path), path)
+        model = onnx_graph.load(path)
+        try:
+            return cls(model, path)
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"{path} holds a name that is no text: the file is damaged", "export or copy it again") from exc
 
     def _visit(self, graph: onnx.GraphProto) -> None:
+        for value in [*graph.input, *graph.output]:
+            _require_text(value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim))
         for tensor in graph.initializer:
+            _require_text(tensor.name)
             self.tensors[tensor.name] = tensor
             self.initializers.append(tensor)
         self.outputs.update(o.name for o in graph.output)
@@ -94,6 +112,7 @@ class Graph:
             self._visit_node(node)
 
     def _visit_node(self, node: onnx.NodeProto) -> None:
+        _require_text(node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
         self.nodes.append(node)
         for index, name in enumerate(node.input):
             if name:
@@ -149,7 +168,13 @@ class Graph:
 
         tensor = self.tensors.get(name)
         if tensor is not None:
-            return onnx.numpy_helper.to_array(tensor)
+            try:
+                return onnx.numpy_helper.to_array(tensor)
+            except (ValueError, TypeError, KeyError) as exc:
+                raise ModelError(
+                    f"tensor '{name}' does not hold what its type and shape {list(tensor.dims)} ask for: {exc}",
+                    "export the model again",
+                ) from exc
         node = self.producer.get(name)
         if node is None or node.op_type != "Constant":
             return None
@@ -224,12 +249,23 @@ class Graph:
 
         kind = self._types.get(name, 0)
         unsized = (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)
-        return 4 if kind in unsized else onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+        known = kind in onnx.TensorProto.DataType.values() and kind not in unsized
+        return 4 if not known else onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
 
     def _infer(self, batch: int | None, ranges: Mapping[str, ShapeRange] | None) -> dict[str, Shape]:
         import onnx
 
-        inferred = onnx.shape_inference.infer_shapes(self.skeleton(batch, ranges), data_prop=True)
+        skeleton = self.skeleton(batch, ranges)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+            inferred = skeleton  # DK003 says so; here its shapes are just unknown
+        try:
+            return self._collect(inferred)
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"{self.path} holds a name that is no text: the file is damaged", "export or copy it again") from exc
+
+    def _collect(self, inferred: onnx.ModelProto) -> dict[str, Shape]:
         found: dict[str, Shape] = {name: tuple(t.dims) for name, t in self.tensors.items()}
         for value in [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]:
             self._types[value.name] = value.type.tensor_type.elem_type
@@ -249,7 +285,7 @@ class Graph:
         model.opset_import.extend(self.model.opset_import)
         model.functions.extend(self.model.functions)
         graph = model.graph
-        graph.name = self.model.graph.name or "graph"
+        graph.name = "skeleton"
         graph.node.extend(self.model.graph.node)
         stored = {t.name for t in self.model.graph.initializer}
         for value, spec in zip((v for v in self.model.graph.input if v.name not in stored), self.signature.inputs, strict=True):

@@ -98,72 +98,73 @@ class _Prover:
         self.sizes: dict[str, int] = {}
 
     def report(self) -> Report:
-        """Everything found; stops at the first batch that doesn't run at all."""
+        """Everything found. One sample first, then batches of two and three whose first samples are the same ones."""
         fixed = self.signature.fixed_batch
-        full = self._first_run(fixed or 1)
-        if isinstance(full, Failure):
-            return Report(failures=(full,), sizes=tuple(self.sizes.items()))
+        first = self._first_run(fixed)
         found = Report(sizes=tuple(self.sizes.items()))
-        samples = self._feeds(fixed or max(BATCHES))
-        first = self._run(samples if fixed else self._slice(samples, 0, 1))
-        again = self._run(samples if fixed else self._slice(samples, 0, 1))
-        if isinstance(first, Failure) or isinstance(again, Failure):
-            return replace(found, failures=tuple(f for f in (first, again) if isinstance(f, Failure)))
+        if isinstance(first, Failure):
+            return replace(found, failures=(first,))
         found = replace(
             found,
             not_finite=tuple(
                 n for n, a in zip(self.names, first, strict=True) if a.dtype.kind == "f" and not np.isfinite(a).all()
             ),
-            unrepeatable=tuple(
-                n for n, a, b in zip(self.names, first, again, strict=True) if self._difference(a, b) > self.tolerance
-            ),
         )
-        return found if fixed is not None else self._at_other_batches(found, samples, first)
+        return found if fixed is not None else self._at_other_batches(found, first)
 
-    def _first_run(self, batch: int) -> list[Array] | Failure:
-        """One run at `batch`, trying sizes for the axes nothing is known of until one runs."""
+    def _first_run(self, fixed: int | None) -> list[Array] | Failure:
+        """One run of the first sample, trying sizes for the axes nothing is known of until one runs."""
         unknown = {s for spec in self.signature.inputs if spec.name not in self.ranges for s in self.signature.free_axes(spec)}
         images = any(len(spec.shape) == 4 for spec in self.signature.inputs)
-        outcome: list[Array] | Failure = Failure(batch, "", "did not run")
+        outcome: list[Array] | Failure = Failure(fixed or 1, "", "did not run")
         for size in (IMAGE_SIZES if images else SEQUENCE_SIZES) if unknown else (0,):
             self.sizes = dict.fromkeys(sorted(unknown), size)
-            outcome = self._run(self._feeds(batch))
+            outcome = self._run(self._feeds(fixed) if fixed is not None else self._slice(self._feeds(max(BATCHES)), 1))
             if not isinstance(outcome, Failure):
                 break
         return outcome
 
-    def _at_other_batches(self, found: Report, samples: dict[str, Array], first: list[Array]) -> Report:
-        singles: list[list[Array]] = [first]
-        for index in range(1, max(BATCHES)):
-            single = self._run(self._slice(samples, index, index + 1))
-            if isinstance(single, Failure):
-                return replace(found, failures=(single,))
-            singles.append(single)
+    def _at_other_batches(self, found: Report, first: list[Array]) -> Report:
+        samples = self._feeds(max(BATCHES))
         failures, by_batch = [], {1: first}
         for batch in BATCHES[1:]:
-            outcome = self._run(self._slice(samples, 0, batch))
+            outcome = self._run(self._slice(samples, batch))
             if isinstance(outcome, Failure):
                 failures.append(outcome)
             else:
                 by_batch[batch] = outcome
         if failures:
             return replace(found, failures=tuple(failures))
-        mixed, constant = [], []
+        constant, mixed = [], {}
         for index, name in enumerate(self.names):
             arrays = {b: outs[index] for b, outs in by_batch.items()}
             axis = _growing_axis(arrays)
             if axis is None:
                 constant.append(
-                    f"{name} has shape {'x'.join(map(str, arrays[1].shape)) or 'scalar'} at every batch"
+                    f"{name} has shape {'x'.join(map(str, first[index].shape)) or 'scalar'} at every batch"
                     if _same_shape(arrays)
                     else name
                 )
-            elif name not in found.unrepeatable:
-                whole = np.concatenate([single[index] for single in singles], axis=axis)
-                worst = max(self._difference(whole.take(range(a.shape[axis]), axis=axis), a) for a in list(arrays.values())[1:])
+            else:
+                worst = max(
+                    self._difference(a, arrays[max(BATCHES)].take(range(a.shape[axis]), axis=axis)) for a in arrays.values()
+                )
                 if worst > self.tolerance:
-                    mixed.append(f"{name} differs by {worst:.2g} of its largest value")
-        return replace(found, mixed=tuple(mixed), constant=tuple(constant))
+                    mixed[index] = f"{name} differs by {worst:.2g} of its largest value"
+        unrepeatable = self._unrepeatable(first, self._slice(samples, 1)) if mixed else set()
+        return replace(
+            found,
+            constant=tuple(constant),
+            mixed=tuple(text for index, text in mixed.items() if index not in unrepeatable),
+            unrepeatable=tuple(self.names[index] for index in sorted(unrepeatable)),
+        )
+
+    def _unrepeatable(self, first: list[Array], feeds: dict[str, Array]) -> set[int]:
+        """The outputs that differ when the first sample is run once more."""
+        again = self._run(feeds)
+        if isinstance(again, Failure):
+            return set()
+        return {i for i, (a, b) in enumerate(zip(first, again, strict=True)) if self._difference(a, b) > self.tolerance}
 
     def _feeds(self, batch: int) -> dict[str, Array]:
         rng = np.random.default_rng(0)
@@ -183,12 +184,13 @@ class _Prover:
             feeds[spec.name] = np.asarray(values).astype(spec.dtype)
         return feeds
 
-    def _slice(self, feeds: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+    def _slice(self, feeds: dict[str, Array], count: int) -> dict[str, Array]:
+        """The first `count` samples."""
         sliced = {}
         for spec in self.signature.inputs:
             axis = self.signature.batch_axis(spec)
             array = feeds[spec.name]
-            sliced[spec.name] = array if axis is None else array.take(range(start, stop), axis=axis)
+            sliced[spec.name] = array if axis is None else array.take(range(count), axis=axis)
         return sliced
 
     def _run(self, feeds: dict[str, Array]) -> list[Array] | Failure:

@@ -100,20 +100,21 @@ def node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
     Conv: output elements x weights of one output channel. ConvTranspose: input elements x weights of one input channel.
     Gemm, MatMul: output elements x the inner dimension. An operator's bias is not counted.
     """
+    weight_at = 3 if node.op_type == "QLinearConv" else 1
+    multiplies = node.op_type in (*_CONV, *_MATMUL, "ConvTranspose", "Gemm")
+    if not multiplies:
+        return 0
+    if len(node.input) <= weight_at or not node.output:
+        return None
+    source, weight, result = (_known(shapes, n) for n in (node.input[0], node.input[weight_at], node.output[0]))
+    if source is None or weight is None or result is None or not source:
+        return None
     if node.op_type in _CONV:
-        weight = _known(shapes, node.input[3 if node.op_type == "QLinearConv" else 1])
-        result = _known(shapes, node.output[0])
-        return None if weight is None or result is None else math.prod(result) * math.prod(weight[1:])
+        return math.prod(result) * math.prod(weight[1:])
     if node.op_type == "ConvTranspose":
-        source, weight = _known(shapes, node.input[0]), _known(shapes, node.input[1])
-        return None if weight is None or source is None else math.prod(source) * math.prod(weight[1:])
-    if node.op_type == "Gemm" or node.op_type in _MATMUL:
-        left, result = _known(shapes, node.input[0]), _known(shapes, node.output[0])
-        if left is None or result is None or not left:
-            return None
-        inner = left[0] if node.op_type == "Gemm" and attribute(node, "transA", 0) else left[-1]
-        return math.prod(result) * inner
-    return 0
+        return math.prod(source) * math.prod(weight[1:])
+    inner = source[0] if node.op_type == "Gemm" and attribute(node, "transA", 0) else source[-1]
+    return math.prod(result) * inner
 
 
 def _known(shapes: Mapping[str, Shape], name: str) -> tuple[int, ...] | None:

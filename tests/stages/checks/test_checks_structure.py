@@ -11,7 +11,8 @@ import tiny_models
 from written import by_code, write
 
 from deploykit.errors import ModelError, UnknownName
-from deploykit.stages.checks import TARGETS, find
+from deploykit.stages.checks import TARGETS, find, repair, structure, summary
+from deploykit.stages.checks.context import Graph
 
 RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
 
@@ -126,3 +127,31 @@ def test_functions_of_the_model_are_no_foreign_operators(tmp_path: Path) -> None
     )
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     assert not {"DK001", "DK003", "DK011", "DK064"} & set(by_code(tmp_path / "m.onnx"))
+
+
+def test_a_name_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", RELU)
+    path.write_bytes(path.read_bytes().replace(b"relu0", b"rel\xff0"))
+    with pytest.raises(ModelError, match="no text"):
+        find(path)
+
+
+def test_a_damaged_file_is_an_error_or_a_finding_never_a_crash(tmp_path: Path) -> None:
+    data = tiny_models.conv_net(tmp_path / "m.onnx").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for position in rng.integers(0, len(data), 2):
+            damaged[position] = rng.integers(256)
+        path = tmp_path / "d.onnx"
+        path.write_bytes(damaged)
+        try:
+            graph = Graph.load(path)
+            summary(path)
+            structure.checker_error(graph)
+            structure.inference_error(graph)
+            repair(graph.model)
+        except ModelError:
+            refused += 1
+    assert 0 < refused < 150
