@@ -25,18 +25,32 @@ def feeds(greys: NDArray[np.float32], target: ImageInput, preprocess: Preprocess
     assert target.height is not None
     assert target.width is not None
     pixels = resize(greys, target.height, target.width)
-    pixels = np.repeat(pixels[..., None], target.channels, axis=3)
-    return {target.name: target.pack(pixels, preprocess or NONE)}
+    return {target.name: target.pack(pixels[..., None], preprocess or NONE)}
 
 
 def resize(greys: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
     """[n, height, width]: bilinear with half-pixel centres and antialiasing, as Pillow and torchvision do it."""
-    if greys.shape[1:] == (height, width):
+    return _along(_along(greys, 2, width), 1, height)
+
+
+def _along(greys: NDArray[np.float32], axis: int, to: int) -> NDArray[np.float32]:
+    """One axis stretched, tap by tap: a matrix product is shorter, but its BLAS threads spin, and on a busy machine of
+    2 cores 32 pictures of 28x28 to 224x224 took 60 to 180 ms of processor time so, and 8 ms this way."""
+    size = greys.shape[axis]
+    if size == to:
         return greys
-    rows = _bilinear(greys.shape[1], height)
-    columns = _bilinear(greys.shape[2], width)
-    stretched: NDArray[np.float32] = np.matmul(np.matmul(rows, greys), columns.T)
-    return stretched
+    weights = _bilinear(size, to)
+    first = (weights > 0).argmax(axis=1)
+    taps = int((weights > 0).sum(axis=1).max())
+    total: NDArray[np.float32] | None = None
+    for tap in range(taps):
+        at = np.minimum(first + tap, size - 1)
+        weight = np.where(first + tap < size, weights[np.arange(to), at], np.float32(0))
+        part = np.take(greys, at, axis=axis)
+        part *= weight[None, :, None] if axis == 1 else weight[None, None, :]
+        total = part if total is None else np.add(total, part, out=total)
+    assert total is not None
+    return total
 
 
 def _bilinear(size: int, to: int) -> NDArray[np.float32]:

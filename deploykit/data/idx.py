@@ -123,9 +123,16 @@ def header(path: Path, rank: int) -> tuple[int, ...]:
     return sizes
 
 
-@functools.lru_cache(maxsize=8)
 def load(path: str) -> NDArray[np.uint8]:
     """The array of an IDX file: [n, h, w] pictures or [n] labels. Raises DataError for a damaged one."""
+    try:
+        return _load(path, Path(path).stat().st_mtime_ns)
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}", "fetch the file again") from exc
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path: str, _mtime_ns: int) -> NDArray[np.uint8]:
     file = Path(path)
     rank = 3 if "idx3" in file.name else 1
     sizes = header(file, rank)

@@ -30,23 +30,27 @@ class ImageInput:
     width: int | None
 
     def pack(self, pixels: NDArray[np.float32], preprocess: Preprocess) -> NDArray[Any]:
-        """The input for pictures [n, height, width, channels] of values 0..255: (x * scale - mean) / std, in its dtype.
+        """The input for pictures [n, height, width, channels or 1] of values 0..255, in its dtype: (x * scale - mean) / std.
 
-        The formula is torchvision's ToTensor and Normalize (scale = 1/255). An integer input takes the pixels, rounded.
+        The formula is torchvision's ToTensor and Normalize (scale = 1/255), taken as x * (scale / std) - mean / std, which
+        needs half the passes over memory. An integer input takes the pixels, rounded. A single grey serves every channel.
         """
-        if self.dtype == "uint8":
-            values: NDArray[Any] = np.clip(np.rint(pixels), 0, _WHITE).astype(np.uint8)
-        else:
-            mean = np.asarray(preprocess.mean, dtype=np.float32)
-            std = np.asarray(preprocess.std, dtype=np.float32)
-            values = ((pixels * np.float32(preprocess.scale) - mean) / std).astype(self.dtype)
-        if self.layout == "nchw":
-            return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+        n, height, width, given = pixels.shape
+        whole = self.dtype == "uint8"
+        shape = (n, self.channels, height, width) if self.layout == "nchw" else (n, height, width, self.channels)
+        packed = np.empty(shape, dtype=self.dtype)
+        for channel in range(self.channels):
+            place = packed[:, channel] if self.layout == "nchw" else packed[..., channel]
+            values = pixels[..., min(channel, given - 1)]
+            if whole:
+                place[...] = np.clip(np.rint(values), 0, _WHITE)
+            else:
+                mean, std = (t[min(channel, len(t) - 1)] for t in (preprocess.mean, preprocess.std))
+                values = values * np.float32(preprocess.scale / std)
+                place[...] = np.subtract(values, np.float32(mean / std), out=values) if mean else values
         if self.layout == "nhw":
-            return np.ascontiguousarray(values[..., 0])
-        if self.layout == "flat":
-            return values.reshape(len(values), -1)
-        return values
+            return packed[..., 0]
+        return packed.reshape(n, -1) if self.layout == "flat" else packed
 
 
 def image_input(

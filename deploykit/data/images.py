@@ -44,7 +44,7 @@ class ImageReader:
         distinct = list(dict.fromkeys(indices))
         paths = [Path(self.root) / self.files[i] for i in distinct]
         decode = partial(pixels.decode, target=self.target, preprocess=self.preprocess)
-        with ThreadPoolExecutor(_DECODERS) as pool:
+        with pixels.quiet(), ThreadPoolExecutor(_DECODERS) as pool:
             pictures = dict(zip(distinct, pool.map(decode, paths), strict=True))
         sizes = {picture.shape for picture in pictures.values()}
         if len(sizes) > 1:
@@ -138,7 +138,7 @@ def list_images(root: Path) -> Listing:
     except OSError as exc:
         raise DataError(f"{root} cannot be listed: {exc.strerror}", "check the folder's permissions") from exc
     folders = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if entry.is_file()]
+    loose = [entry for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.exists())]
     below = {folder.name: _walk(folder) for folder in folders}
     notes: list[str] = []
     if any(images for images, _ in below.values()):
@@ -209,7 +209,9 @@ def _facts(root: Path, files: Sequence[str]) -> list[content.FileFacts]:
     cache = content.ContentCache(root)
     known = {relative: fact for relative in files if (fact := cache.get(relative)) is not None and fact.decodes is not None}
     unknown = [relative for relative in files if relative not in known]
-    with ThreadPoolExecutor(_DECODERS) as pool:
+    if not unknown:
+        return [known[relative] for relative in files]  # Pillow stays unimported
+    with pixels.quiet(), ThreadPoolExecutor(_DECODERS) as pool:
         for done, (relative, fact) in enumerate(zip(unknown, pool.map(partial(_examine, root), unknown), strict=True), 1):
             known[relative] = fact
             cache.put(relative, fact)
@@ -220,8 +222,10 @@ def _facts(root: Path, files: Sequence[str]) -> list[content.FileFacts]:
 
 def _examine(root: Path, relative: str) -> content.FileFacts:
     reason = pixels.check(root / relative)
-    digest = content.file_sha256(root / relative)
-    return content.FileFacts(digest, not reason, reason)
+    try:
+        return content.FileFacts(content.file_sha256(root / relative), not reason, reason)
+    except DataError as exc:  # a broken link, no permission: unreadable like a damaged one
+        return content.FileFacts("", False, reason or exc.message)
 
 
 def _about_unreadable(root: Path, files: Sequence[str], facts: Sequence[content.FileFacts], *, skip: bool) -> tuple[str, ...]:
@@ -233,7 +237,7 @@ def _about_unreadable(root: Path, files: Sequence[str], facts: Sequence[content.
         more = f" ({len(bad)} of {len(files)} images cannot be decoded)" if len(bad) > 1 else ""
         raise DataError(
             f"{root / name} cannot be decoded: {reason}{more}",
-            "replace or remove it, or leave such files out with --skip-unreadable",
+            "replace or remove it",
         )
     return (f"{len(bad)} image(s) that cannot be decoded were left out: {_shown([n for n, _ in bad])}",)
 

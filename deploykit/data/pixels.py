@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 _WIDE_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
 _WHITE_16 = 65535.0
 _WHITE_8 = 255.0
-_REMEDY = "replace or remove the file, or leave unreadable ones out with --skip-unreadable"
+_REMEDY = "replace or remove the file"
 _VERIFY_SIZE = (64, 64)
 
 
@@ -30,56 +32,84 @@ def check(path: Path) -> str:
     JPEGs are decoded at a reduced scale (draft mode): every coded bit is still read, so truncation shows, at a third of
     the time.
     """
+    from PIL import Image
+
     try:
-        with _open(path) as image:
+        with _naming(path), Image.open(path) as image:
             image.draft("RGB", _VERIFY_SIZE)
             image.load()
             if image.mode == "F" or (image.mode == "I" and _white_of_int(image) is None):
                 return f"its {image.mode} values have no known white"
     except DataError as exc:
-        return exc.message.removeprefix(f"{path} ")
-    except _DECODE_ERRORS as exc:
-        return str(exc) or type(exc).__name__
+        return str(exc.__cause__) or type(exc.__cause__).__name__
     return ""
 
 
 def decode(path: Path, target: ImageInput, preprocess: Preprocess) -> NDArray[np.float32]:
-    """[height, width, channels] of 0..255, resized and cropped.
+    """[height, width, 3] of 0..255, or [height, width, 1] of a grey input or a 16-bit image, resized and cropped.
 
     EXIF orientation is applied; palette, CMYK, YCbCr and bilevel images become RGB or grey; alpha is dropped, as
     torchvision's loader does; 16-bit greys are scaled, keeping their depth, never clipped. Raises DataError naming the file.
     """
-    from PIL import ImageOps
+    from PIL import Image
 
-    try:
-        with _open(path) as opened:
-            opened.load()
-            image = _to_channels(path, ImageOps.exif_transpose(opened), target.channels)
-    except _DECODE_ERRORS as exc:
-        raise DataError(f"{path} cannot be decoded: {exc or type(exc).__name__}", _REMEDY) from exc
+    with _naming(path), Image.open(path) as opened:
+        opened.load()
+        image = _to_channels(path, _upright(opened), target.channels)
     image = _geometry(path, image, target, preprocess)
-    pixels = np.asarray(image, dtype=np.float32)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., None], target.channels, axis=2)
-    return pixels
+    pixels = np.clip(np.asarray(image, dtype=np.float32), 0.0, np.float32(_WHITE_8))  # bicubic overshoots in 16-bit greys
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _open(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings about large images inside; the refusal of ones twice as large (decompression bombs) stays.
+
+    For the thread that starts decoders, not for each of them: warning filters belong to the whole process.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what Pillow raises on a damaged file into a DataError that names it."""
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            # The warning starts at half the size that is refused (Image.MAX_IMAGE_PIXELS); the refusal itself stays.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
+        yield
     except Image.DecompressionBombError as exc:
         raise DataError(f"{path} has more pixels than is safe to decode: {exc}", _REMEDY) from exc
     except _DECODE_ERRORS as exc:
-        raise DataError(f"{path} cannot be decoded: {exc}", _REMEDY) from exc
+        raise DataError(f"{path} cannot be decoded: {str(exc) or type(exc).__name__}", _REMEDY) from exc
 
 
 # What Pillow's decoders raise on damaged files (OSError holds UnidentifiedImageError and truncation).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError, OverflowError, MemoryError)
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says; as it is where that data is damaged, since the pixels are not."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:
+        return image
 
 
 def _to_channels(path: Path, image: Image.Image, channels: int) -> Image.Image:

@@ -84,6 +84,20 @@ def test_links_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
     assert samples.labels == (0, 1)
 
 
+def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", 1)
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DataError, match=r"b\.png"):
+        data.open(str(tmp_path), signature(), preprocess=NONE)
+
+
+def test_a_broken_link_among_classes_is_left_out_on_request(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "a.png", 1)
+    (tmp_path / "one" / "b.png").symlink_to(tmp_path / "gone.png")
+    samples = data.open(str(tmp_path), signature(), preprocess=NONE, skip_unreadable=True)
+    assert len(samples) == 1
+
+
 def test_one_image_is_one_sample(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", 7)
     samples = data.open(str(path), signature(), preprocess=NONE)
