@@ -8,12 +8,14 @@ import sys
 import traceback
 from pathlib import Path
 
-import click
 import typer
 
 from deploykit import __version__
 from deploykit.cli import commands, config, line_commands, look_commands
 from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
+
+# typer carries click inside itself since 0.2x: the class of all usage errors is reached through one it exports.
+_UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="deploykit",
@@ -56,12 +58,10 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         return result if isinstance(result, int) else 0
     except DeploykitError as exc:
         return _tell(exc, debug)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
-    except KeyboardInterrupt:
-        return _interrupted()
-    except click.ClickException as exc:
-        exc.show()
+    except _UsageProblem as exc:
+        exc.show()  # type: ignore[attr-defined]  # every usage error has it
         return EXIT_INPUT
     except typer.Exit as exc:
         return int(exc.exit_code)
@@ -89,7 +89,7 @@ def _with_config(arguments: list[str]) -> list[str]:
     known = {
         opt.removeprefix("--"): bool(parameter.is_flag)
         for parameter in command.params
-        if isinstance(parameter, click.Option) or hasattr(parameter, "is_flag")
+        if hasattr(parameter, "is_flag")
         for opt in parameter.opts
         if opt.startswith("--") and opt != "--help"
     }

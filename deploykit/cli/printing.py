@@ -37,11 +37,13 @@ def show_report(report: Report, json_file: str | None, lines: list[str], *, seed
         lines = [*lines, f"wrote {json_file}"]
     from rich.console import Console
 
-    from deploykit.stages.report import seeds_table, terminal
+    from deploykit.stages.report import terminal
 
     console = Console(width=width())
     console.print(terminal.renderable(report, console.width))
     if seeds:
+        from deploykit.stages.report import seeds_table
+
         console.print(seeds_table.renderable(report))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from deploykit.artifact import Artifact
@@ -34,13 +34,13 @@ class Model(Protocol):
         ...
 
 
-def one_reference(first: Sequence[PlannedRow], everything: Sequence[PlannedRow]) -> EngineKey | None:
-    """The engine all others are held against: the first target's reference, else its first row that runs."""
-    for rows in (first, everything):
-        for row in rows:
-            if row.reference and not row.skip:
-                return row.engine_key
-    return next((row.engine_key for row in everything if not row.skip and row.runnable), None)
+def one_reference(first: Sequence[PlannedRow], everything: Sequence[PlannedRow], runs: Collection[EngineKey]) -> EngineKey | None:
+    """The engine all others are held against, among those that run here: the first target's reference (PyTorch eager
+    FP32), else ONNX Runtime FP32, else the first engine there is."""
+    able = [row for row in (*first, *everything) if row.engine_key in runs]
+    ranked = [row for row in able if row.reference]
+    ranked += [row for row in able if (row.backend, row.precision) == ("onnxruntime", "fp32")]
+    return next((row.engine_key for row in (*ranked, *able)), None)
 
 
 def rows_of(planned: Sequence[PlannedRow], built: Built, results: Results | None, request: RowsRequest) -> list[Row]:

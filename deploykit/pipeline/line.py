@@ -59,6 +59,10 @@ class _Model:
     shop: Workshop | None
     built: dict[tuple[str, str, str, str], Artifact | DeploykitError] = field(default_factory=dict)
 
+    def runs(self) -> set[tuple[str, str, str, str]]:
+        """The engines that were built and can run here."""
+        return {r.engine_key for r in self.rows if not r.skip and r.runnable and isinstance(self.built.get(r.engine_key), Artifact)}
+
 
 def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     """Everything that was asked for, as a report. Rows that cannot run say why; only a target that no engine could load
@@ -77,7 +81,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     for model in models:
         if model.shop is not None:
             _build(model, samples, request.data, rows)
-    reference = assemble.one_reference(models[0].rows, [r for m in models for r in m.rows])
+    reference = assemble.one_reference(first.rows, [r for m in models for r in m.rows], {k for m in models for k in m.runs()})
     entries = [e for m in models for e in _entries(m, reference)]
     predictions = [p for m in models if m.shop is not None for p in engines.predictions(m.shop, m.rows, m.built)]
     results = None

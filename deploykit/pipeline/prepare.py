@@ -25,7 +25,7 @@ from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
-from deploykit.source_spec import SourceSpec
+from deploykit.source_spec import SourceSpec, changed_files
 from deploykit.source_spec import parse as parse_source
 from deploykit.stages.checks.summary import GraphSummary
 from deploykit.store import Key, Store, source_hash
@@ -45,7 +45,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     ),
     "precision": ("stages/precision/*.py", "graph.py"),
     "engine": ("session.py", "pipeline/prepare.py"),
-    "measure": ("hosted.py", "stages/bench.py", "stages/accuracy.py", "measurement.py", "drift.py", "data/*.py", "preprocess.py"),
+    "measure": ("hosted.py", "stages/bench.py", "stages/accuracy.py", "measurement.py", "drift*.py", "paired.py", "data/*.py", "preprocess.py"),
 }
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "export": ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
@@ -170,7 +170,7 @@ def open_source(request: SourceRequest, store: Store, narrator: Narrator, *, bat
 
     digest = spec.digest()
     model = shop.keep("export", "export", digest, options, build)
-    if _changed(model.facts.get("local_files", {})):
+    if changed_files(spec, model.facts.get("local_files", {})):
         model = shop.keep("export", "export", digest, options, build, fresh=True)
     shop.model = model
     shop.graphs["fp32"] = model
@@ -183,7 +183,7 @@ def open_source(request: SourceRequest, store: Store, narrator: Narrator, *, bat
             "source",
             digest,
             {"spec": spec.to_json(), "local_files": local},
-            lambda folder: replace(export.source_artifact(spec, folder / "source.json"), signature=model.signature),
+            lambda folder: export.source_artifact(spec, folder / "source.json", model),
         )
     return shop
 
@@ -200,10 +200,6 @@ def to_onnx(
 def summary_json(summary: GraphSummary) -> dict[str, Any]:
     """The summary as JSON values."""
     return {**dataclasses.asdict(summary), "signature": summary.signature.to_json()}
-
-
-def _changed(files: Mapping[str, str]) -> bool:
-    return any(not Path(name).is_file() or artifacts.sha256_of(Path(name)) != sha for name, sha in files.items())
 
 
 def check(shop: Workshop, targets: tuple[str, ...]) -> None:

@@ -1,0 +1,107 @@
+"""The command line's manners: exit codes, one message with a remedy, pipeline files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from deploykit.cli import config, parsing
+from deploykit.errors import InputError
+
+
+def _run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "deploykit", *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--version"], 0, ""),
+        (["no-such-command"], 2, "No such command"),
+        (["check", "missing.onnx"], 2, "there is no file"),
+        (["run", "model.onnx", "-o", "out", "--batch", "1,x"], 2, "--batch"),
+        (["run", "model.onnx", "-o", "out", "--batch", "0"], 2, "--batch"),
+        (["run", "model.onnx", "-o", "out", "--backend", "opnvino"], 2, "did you mean 'openvino'"),
+        (["run", "model.onnx", "-o", "out", "--precision", "int9"], 2, "did you mean"),
+        (["run", "model.onnx", "-o", "out", "--target", "sm74"], 2, "sm75"),
+        (["run", "model.onnx", "-o", "out", "--max-drop", "0.5"], 2, "0.5pp"),
+        (["run", "model.onnx", "-o", "out", "--max-slowdown", "5%"], 2, "--baseline"),
+        (["bench", "no/such/model.onnx"], 2, "no/such/model.onnx"),
+        (["gate", "nowhere/report.json", "--max-drop", "1pp"], 2, "nowhere"),
+        (["report", "nowhere"], 2, "nowhere"),
+    ],
+)
+def test_exit_code_and_message(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
+    tiny_models.conv_net(tmp_path / "model.onnx")
+    done = _run(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {"model.onnx", "out", "engines"}
+
+
+def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
+    done = _run("check", "missing.onnx", "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_a_pipeline_file_is_the_command_line_it_stands_for(tmp_path: Path) -> None:
+    file = tmp_path / "deploykit.yaml"
+    file.write_text(
+        "source: m.onnx\nbackend: [onnxruntime, openvino]\nbatch: 4\nremeasure: true\ninput: ['a:float32:1x3', 'b:int64:1']\n"
+    )
+    known = {"backend": False, "batch": False, "remeasure": True, "input": False}
+    assert config.arguments(file, known) == [
+        "m.onnx", "--backend", "onnxruntime,openvino", "--batch", "4", "--remeasure", "--input", "a:float32:1x3", "--input", "b:int64:1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("source: m.onnx\nbacken: x\n", "line 2: unknown key 'backen'"),
+        ("source: m.onnx\nbackend: {a: 1}\n", "line 2"),
+        ("source: m.onnx\nremeasure: maybe\n", "line 2"),
+        ("source: m.onnx\nbatch:\n\t- 1\n", "tabs"),
+        ("- a\n- b\n", "no mapping"),
+        ("batch: 1\n", "names no source"),
+        ("source: m.onnx\nbatch: 1\nbatch: 2\n", "stands twice"),
+        ("source: [", "not YAML"),
+    ],
+)
+def test_a_bad_pipeline_file_is_refused_with_its_line(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "deploykit.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=said):
+        config.arguments(file, {"backend": False, "batch": False, "remeasure": True})
+
+
+def test_shapes_are_parsed_and_bad_ones_refused() -> None:
+    found = parsing.shapes(["x=1x3x32x32:8x3x64x64:32x3x96x96", "a=b=2x2"])
+    assert found["x"].opt == (8, 3, 64, 64)
+    assert found["a=b"].min == found["a=b"].max == (2, 2)
+    for bad in ("x", "x=1x2:3x4", "x=1x2:1x2x3:1x2", "x=2x2:1x2:3x3", "x=0:1:2", "=1"):
+        with pytest.raises(InputError):
+            parsing.shapes([bad])
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", bytes(range(256)) * 4, b"\x08\x08\x12"])
+@pytest.mark.parametrize("command", ["check", "bench", "export", "quantize", "calibrate"])
+def test_what_is_no_onnx_file_is_one_error(command: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(content)
+    more = {
+        "export": ["-o", "out.onnx"],
+        "quantize": ["--mode", "fp16", "-o", "out.onnx"],
+        "calibrate": ["--data", "random:4", "-o", "c.json"],
+    }
+    done = _run(command, "bad.onnx", *more.get(command, []), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "bad.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.onnx").exists()
+    assert not (tmp_path / "c.json").exists()
