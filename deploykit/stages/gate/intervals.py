@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from deploykit.paired import Paired
 
-Z95 = 1.959964
 _MAX_EXPONENT = 700.0  # math.exp raises from 710 on
 
 
@@ -57,12 +56,6 @@ def difference(new: Change, old: Change) -> Change:
     value = new.value - old.value
     low = math.hypot(new.value - new.low, old.high - old.value)
     return Change(value, value - low, value + math.hypot(new.high - new.value, old.value - old.low))
-
-
-def widened(change: Change, cov: float) -> Change:
-    """A slow-down whose interval also covers the windows' own variation: `cov`, a fraction."""
-    noise = math.exp(min(Z95 * cov, _MAX_EXPONENT))
-    return Change(change.value, 1 - (1 - change.low) * noise, 1 - (1 - change.high) / noise)
 
 
 def slowdown(new: Change, old: Change) -> Change:

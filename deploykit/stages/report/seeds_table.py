@@ -57,9 +57,9 @@ def beside(report: Report) -> list[tuple[Claim, Row | None, str]]:
 
 HEADINGS = (
     "Strategy",
-    "Article's T4: img/s",
-    "ms",
-    "speed-up",
+    "claim img/s",
+    "claim ms",
+    "claim speed-up",
     "Here",
     "img/s",
     "p50 ms",
@@ -96,7 +96,7 @@ def markdown(report: Report) -> str:
 
 def _below(report: Report) -> list[tuple[str, str]]:
     machine = cells.machine_line(report.environment)
-    return [("Article", SOURCE + "."), ("Here", f"batch 1, on {machine}; speed-up over {cells.reference_line(report)}.")]
+    return [("Claim", SOURCE + "."), ("Here", f"batch 1, on {machine}; speed-up over {cells.reference_line(report)}.")]
 
 
 def renderable(report: Report) -> Group:
@@ -106,12 +106,19 @@ def renderable(report: Report) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i, heading in enumerate(headings(report)):
         claimed = 1 <= i <= 3
-        table.add_column(heading, justify="left" if i in (0, 4) else "right", style="dim" if claimed else "", overflow="fold")
+        words, figure = heading.replace("claim ", "claim\n"), i not in (0, 4)
+        table.add_column(
+            words,
+            justify="right" if figure else "left",
+            style="dim" if claimed else "",
+            no_wrap=figure,
+            min_width=11 if i == 4 else None,
+        )
     for line in lines(report):
-        table.add_row(*(Text(c) for c in line))
+        table.add_row(*(Text(c.replace(" (", "\n").rstrip(")")) for c in line))
     return Group(table, *(Text.assemble((f"{label}: ", "bold"), said) for label, said in _below(report)))
 
 
