@@ -167,18 +167,20 @@ class OnnxRuntimeSession:
 
             return run
         binding = session.io_binding()
-        outputs = self.infer(feeds)
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        for name, value in zip(arrays, values, strict=True):
+        results = [np.array(array) for array in self.infer(feeds).values()]
+        kept = [(name, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in arrays.items()]
+        for name, value in kept:
             binding.bind_ortvalue_input(name, value)
-        for name in self._names:
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(outputs[name])))
+        kept_out = [(name, ort.OrtValue.ortvalue_from_numpy(array)) for name, array in zip(self._names, results, strict=True)]
+        for name, value in kept_out:
+            binding.bind_ortvalue_output(name, value)
 
         def run_bound() -> object:
             try:
-                return session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding)
             except Exception as exc:
                 raise _failed(exc) from exc
+            return kept, kept_out, results  # an OrtValue only borrows its array's memory: all of it lives as long as this call
 
         return run_bound
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
@@ -148,3 +149,15 @@ def test_outputs_of_unknown_size_can_be_timed(tmp_path: Path) -> None:
     for x in (np.eye(2, 3, dtype=np.float32), np.ones((2, 3), np.float32)):
         session.bind({"x": x})()
         assert session.infer({"x": x})["where"].shape == (2, np.count_nonzero(x))
+
+
+def test_bound_inputs_and_outputs_outlive_the_arrays_they_were_made_from(tmp_path: Path) -> None:
+    engine = cases.artifact(tiny_models.conv_net(tmp_path / "m.onnx", size=64), "fp32")
+    session = BACKEND.open(engine, OpenRequest("fp32", 3, 1))
+    runs = [session.bind(cases.feeds(engine.signature, 3, seed)) for seed in range(6)]
+    gc.collect()
+    churn = [np.full((3, 3, 64, 64), np.nan, np.float32) for _ in range(12)]  # takes the place of anything freed too early
+    for seed, run in enumerate(runs):
+        found = run()[2][0]  # type: ignore[index]
+        np.testing.assert_allclose(found, session.infer(cases.feeds(engine.signature, 3, seed))["logits"], rtol=1e-5)
+    assert churn
