@@ -45,7 +45,7 @@ def _sort_nodes(model: onnx.ModelProto) -> None:
     readers: dict[int, list[int]] = {}
     waits = []
     for index, node in enumerate(model.graph.node):
-        sources = {made[name] for name in _reads(node) if name in made}
+        sources = {made[name] for name in reads(node) if name in made}
         waits.append(len(sources))
         for source in sources:
             readers.setdefault(source, []).append(index)
@@ -66,13 +66,13 @@ def _sort_nodes(model: onnx.ModelProto) -> None:
         model.graph.node.extend(copies)
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
+def reads(node: onnx.NodeProto) -> list[str]:
     """The names a node reads, those its sub-graphs take from outside among them."""
     names = list(node.input)
     for attribute in node.attribute:
         for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
             for inner in body.node:
-                names.extend(_reads(inner))
+                names.extend(reads(inner))
             names.extend(output.name for output in body.output)
     return names
 
