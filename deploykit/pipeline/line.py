@@ -61,7 +61,9 @@ class _Model:
 
     def runs(self) -> set[tuple[str, str, str, str]]:
         """The engines that were built and can run here."""
-        return {r.engine_key for r in self.rows if not r.skip and r.runnable and isinstance(self.built.get(r.engine_key), Artifact)}
+        return {
+            r.engine_key for r in self.rows if not r.skip and r.runnable and isinstance(self.built.get(r.engine_key), Artifact)
+        }
 
 
 def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:

@@ -45,7 +45,16 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     ),
     "precision": ("stages/precision/*.py", "graph.py"),
     "engine": ("session.py", "pipeline/prepare.py"),
-    "measure": ("hosted.py", "stages/bench.py", "stages/accuracy.py", "measurement.py", "drift*.py", "paired.py", "data/*.py", "preprocess.py"),
+    "measure": (
+        "hosted.py",
+        "stages/bench.py",
+        "stages/accuracy.py",
+        "measurement.py",
+        "drift*.py",
+        "paired.py",
+        "data/*.py",
+        "preprocess.py",
+    ),
 }
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "export": ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),

@@ -334,12 +334,14 @@ def _make_graph(path: Path, kind: str, table: CalibrationTable | None, out: Path
 
 def proof_lines(made: Artifact) -> list[str]:
     """What an export has proven, in words."""
-    proof = made.facts.get("proof") or []
-    lines = [
-        f"proven against the source at batch {row['batch']}: max abs difference {row['max_abs']:.2g}"
-        for row in proof
-        if "max_abs" in row
-    ]
+    proof = made.facts.get("proof") or {}
+    runs = proof.get("runs") or []
+    lines = []
+    if runs:
+        batches = ", ".join(str(run["batch"]) for run in runs)
+        worst = max((o.get("max_abs_error", 0.0) for run in runs for o in run.get("outputs", {}).values()), default=0.0)
+        against = f" against {proof['against']}" if proof.get("against") else ""
+        lines.append(f"proven at batch {batches}{against}: largest error {worst:.2g} ({proof.get('tolerance', '')})")
     return [*lines, *fact_lines(made)]
 
 
