@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploykit.stages.precision.bias import bias_correct
 from deploykit.stages.precision.dynamic import to_int8_dynamic
 from deploykit.stages.precision.fp16 import to_fp16, to_int8_fp16
 from deploykit.stages.precision.int8 import to_int8
@@ -11,6 +12,7 @@ __all__ = [
     "LAYOUTS",
     "WEIGHT_SCALES",
     "Int8Options",
+    "bias_correct",
     "predict_session_options",
     "to_fp16",
     "to_int8",

@@ -14,6 +14,7 @@ from deploykit.stages.precision.options import Int8Options
 
 if TYPE_CHECKING:
     from deploykit.calibration_table import CalibrationTable
+    from deploykit.stages.precision.bias import BiasDeltas
 
 HALF_SCALES_OPSET = 19  # QuantizeLinear and DequantizeLinear take FP16 from there on
 _DEFAULT = Int8Options()
@@ -37,13 +38,15 @@ def to_fp16(path: Path, out: Path, table: CalibrationTable | None = None) -> Art
     return write(graph.model, out, precision="fp16", parent=path, options=options, facts=facts)
 
 
-def to_int8_fp16(path: Path, table: CalibrationTable, out: Path, options: Int8Options = _DEFAULT) -> Artifact:
+def to_int8_fp16(
+    path: Path, table: CalibrationTable, out: Path, options: Int8Options = _DEFAULT, corrections: BiasDeltas | None = None
+) -> Artifact:
     """INT8 in TensorRT's layout with the rest of the graph in FP16, unsaved: what TensorRT and TensorRT-RTX build.
 
     Q/DQ first, then FP16 around it, so that the scales are FP16 too (opset 19 or more); they are chosen to be exact in
     FP16. Inputs and outputs stay in float32. Raises as `to_int8` and `to_fp16` do.
     """
-    model, facts = quantized(path, table, "tensorrt", options, opset=HALF_SCALES_OPSET, half=True)
+    model, facts = quantized(path, table, "tensorrt", options, corrections, opset=HALF_SCALES_OPSET, half=True)
     graph = normal_form.normalize(model, path, HALF_SCALES_OPSET)
     observed = {name: seen for name, seen in table.observed.items() if name in graph.names}
     rest = HalfWriter(graph, observed).write()
@@ -53,6 +56,6 @@ def to_int8_fp16(path: Path, table: CalibrationTable, out: Path, options: Int8Op
         out,
         precision="int8",
         parent=path,
-        options={**told(table, "tensorrt", options), "rest": "fp16"},
+        options={**told(table, "tensorrt", options, corrections), "rest": "fp16"},
         facts=merged,
     )

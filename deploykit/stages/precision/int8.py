@@ -20,21 +20,30 @@ if TYPE_CHECKING:
     import onnx
 
     from deploykit.calibration_table import CalibrationTable
+    from deploykit.stages.precision.bias import BiasDeltas
 
 STAGE = "precision"
 _DEFAULT = Int8Options()
 
 
-def to_int8(path: Path, table: CalibrationTable, layout: str, out: Path, options: Int8Options = _DEFAULT) -> Artifact:
+def to_int8(
+    path: Path,
+    table: CalibrationTable,
+    layout: str,
+    out: Path,
+    options: Int8Options = _DEFAULT,
+    corrections: BiasDeltas | None = None,
+) -> Artifact:
     """The INT8 form of a float model, as Q/DQ nodes; unsaved. Inputs, outputs and the batch axis stay as they are.
 
     layout 'cpu': uint8 activations with a zero point, int8 weights per channel, int32 biases (ONNX Runtime, OpenVINO);
     'tensorrt': symmetric int8, biases in float. What cannot be quantized stays in float, with the reason in `facts`.
-    Raises StaleCalibration for the table of another model, ModelError for a model that is quantized already, InputError
+    `corrections`: what `bias.deltas` found for this model and layout; added to the biases.
+    Raises StaleCalibration for the table or corrections of another model, ModelError for a model that is quantized already, InputError
     where nothing could be quantized.
     """
-    model, facts = quantized(path, table, layout, options)
-    return write(model, out, precision="int8", parent=path, options=told(table, layout, options), facts=facts)
+    model, facts = quantized(path, table, layout, options, corrections)
+    return write(model, out, precision="int8", parent=path, options=told(table, layout, options, corrections), facts=facts)
 
 
 def quantized(
@@ -42,6 +51,7 @@ def quantized(
     table: CalibrationTable,
     layout: str,
     options: Int8Options,
+    corrections: BiasDeltas | None = None,
     *,
     opset: int = normal_form.MIN_OPSET,
     half: bool = False,
@@ -51,6 +61,8 @@ def quantized(
         raise UnknownName("layout", layout, LAYOUTS)
     graph, digest = normal_form.load(path, opset)
     table.require_match(model_sha256=digest)
+    if corrections is not None:
+        corrections.require_match(digest, layout)
     strangers = set(options.keep_float) - {node.name for node in graph.nodes}
     if strangers:
         raise UnknownName("node to keep in float", min(strangers), [node.name for node in graph.nodes])
@@ -64,6 +76,7 @@ def quantized(
         )
     counts = Counter(graph.nodes[i].op_type for i in plan.weighted)
     facts = _facts(graph, plan, layout, dict(counts))
+    facts["bias_corrected_layers"] = corrections.apply(graph, plan.weighted) if corrections is not None else 0
     inserter = Inserter(
         graph, plan, activation_scales(plan, table, layout, half=half), options, integer_bias=layout == "cpu", half=half
     )
@@ -98,7 +111,7 @@ def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -
     }
 
 
-def told(table: CalibrationTable, layout: str, options: Int8Options) -> dict[str, Json]:
+def told(table: CalibrationTable, layout: str, options: Int8Options, corrections: BiasDeltas | None = None) -> dict[str, Json]:
     """What an INT8 artifact records as its options."""
     return {
         **options.to_json(),
@@ -106,6 +119,7 @@ def told(table: CalibrationTable, layout: str, options: Int8Options) -> dict[str
         "method": table.method,
         "calibration": table.fingerprint,
         "calibration_samples": table.n,
+        "bias_correction": None if corrections is None else corrections.fingerprint,
     }
 
 
