@@ -81,7 +81,10 @@ class Report:
 
     def keeps_accuracy(self, row: Row) -> bool:
         """Whether the row has been shown to keep the accuracy: top-1 at least 99 % of the reference's (MLPerf's floor);
-        without labels, agreement at least 99 %. False where neither was measured, and for a row that failed the gate."""
+        without labels, agreement at least 99 %. False where neither was measured, where the data was random, and for a
+        row that failed the gate."""
+        if self.samples.get("judge", {}).get("random"):
+            return False
         if self.verdict and any(r.row == row.label and r.outcome == "fail" for r in self.verdict.reasons):
             return False
         if self.is_reference(row):
@@ -97,6 +100,9 @@ class Report:
 
     @functools.cached_property
     def _best(self) -> Row | None:
+        judged = [r for r in self.rows if not self.is_reference(r) and (r.top1_drop_pp is not None or r.agreement is not None)]
+        if not judged:
+            return None
         able = [r for r in self.rows if r.status == "ok" and r.images_per_s is not None and self.keeps_accuracy(r)]
         return max(able, key=lambda r: r.images_per_s or 0.0, default=None)
 

@@ -131,6 +131,13 @@ def test_without_labels_agreement_keeps_the_accuracy() -> None:
         for b, r, a in [("x", 9.0, 0.98), ("y", 5.0, 0.995)]
     ]
     assert Report(tuple(rows), {"backend": "torch"}).best() == rows[1]
+    assert Report(tuple(rows), {"backend": "torch"}, samples={"judge": {"random": True}}).best() is None
+
+
+def test_a_reference_alone_is_not_the_best_of_anything() -> None:
+    reference = an_ok_row(backend="torch", precision="fp32")
+    unknown = an_ok_row(backend="c", top1=None, top1_drop_pp=None, agreement=None)
+    assert Report((reference, unknown), {"backend": "torch"}).best() is None
 
 
 def test_row_ids_tell_rows_apart() -> None:

@@ -130,6 +130,11 @@ def test_a_report_that_contradicts_itself_does_not_pass() -> None:
     assert judge(with_row(images_per_s=300.0), with_row(), Limits(max_slowdown=0.05)).outcome == "inconclusive"
 
 
+def test_a_report_that_contradicts_itself_fails_where_what_it_says_fails() -> None:
+    assert judge(with_row(top1=0.971, top1_drop_pp=9.0), None, Limits(max_drop_pp=0.5)).outcome == "fail"
+    assert judge(with_row(speedup=2.0, images_per_s=500.0), with_row(), Limits(max_slowdown=0.05)).outcome == "fail"
+
+
 # -- against a baseline ------------------------------------------------------------------------------------------------
 
 

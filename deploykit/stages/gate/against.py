@@ -13,7 +13,7 @@ from deploykit.drift import Drift
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
 from deploykit.stages.gate.comparable import drop_contradiction, is_copy, pairs_of, speed_contradiction, speed_doubts, unlike
-from deploykit.stages.gate.drops import drop_of, judged_drop, judged_n, no_drop, reason
+from deploykit.stages.gate.drops import doubted, drop_of, judged_drop, judged_n, no_drop, reason
 from deploykit.stages.gate.intervals import Change, decide, difference, paired_drop, slowdown
 from deploykit.stages.gate.limits import Limits
 from deploykit.verdict import Reason, Verdict, combine
@@ -97,20 +97,18 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: S
         if reference and now.top1 is not None and now.top1 == was.top1 and _same_outcomes(new, now, old, was):
             skipped.append(f"{now.label}: the reference, with the baseline's top-1")
         else:
-            reasons.append(_accuracy(new, now, old, was, limits.max_drop_pp))
+            found = _accuracy(new, now, old, was, limits.max_drop_pp)
+            reasons.append(doubted(found, [drop_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
     if limits.max_slowdown is not None:
         if reference:
             skipped.append(f"{now.label}: the reference, speed is a ratio to it")
         else:
-            reasons.append(_speed(new, now, old, was, limits.max_slowdown, doubts))
+            found = _speed(new, now, old, was, limits.max_slowdown, doubts)
+            reasons.append(doubted(found, [speed_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
     return reasons
 
 
 def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
-    for side, row in ((new, now), (old, was)):
-        doubt = drop_contradiction(side.report, row)
-        if doubt:
-            return reason(now, "top-1 drop", "inconclusive", doubt)
     n = judged_n(new.report)
     if _same_outputs(now, was) and _same_outcomes(new, now, old, was):
         extra = ", the same outputs on the same samples (SQNR equal to the last digit)"
@@ -154,7 +152,6 @@ def _speed(new: Side, now: Row, old: Side, was: Row, limit: float, doubts: Seque
         return reason(now, "speed", "fail", f"a speed-up is no positive number ({', '.join(map(str, figures))})")
     differ = [k for k in ("device", "threads", "clock", "boundary") if getattr(now, k) != getattr(was, k)]
     doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ)]
-    doubts += [d for side, row in ((new, now), (old, was)) if (d := speed_contradiction(side.report, row))]
     if None in figures:
         doubts.append("a speed-up or its interval was not measured")
     if doubts:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from deploykit.report_document import Report
 from deploykit.row import Row
 from deploykit.stages.gate.comparable import drop_contradiction
@@ -10,16 +13,16 @@ from deploykit.verdict import Reason
 
 
 def own_drop(report: Report, row: Row, limit: float) -> Reason:
+    """The row's drop from its own report's reference, held against the limit."""
     change = drop_of(row)
     if change is None:
         return reason(row, "top-1 drop", "inconclusive", no_drop(report))
-    doubt = drop_contradiction(report, row)
-    if doubt:
-        return reason(row, "top-1 drop", "inconclusive", doubt)
-    return judged_drop(row, change, limit, "the reference", judged_n(report))
+    found = judged_drop(row, change, limit, "the reference", judged_n(report))
+    return doubted(found, [drop_contradiction(report, row)])
 
 
 def judged_drop(row: Row, change: Change, limit: float, over: str, n: int | None, extra: str = "") -> Reason:
+    """The reason for one drop over `over`; n: how many samples judged."""
     outcome = decide(change, limit)
     said = f"{change.value:.2f} pp below {over} (95 %: {change.low:.2f} to {change.high:.2f}), limit {limit:g} pp{extra}"
     if not change.is_number:
@@ -33,13 +36,23 @@ def judged_drop(row: Row, change: Change, limit: float, over: str, n: int | None
     return reason(row, "top-1 drop", outcome, said)
 
 
+def doubted(found: Reason, doubts: Sequence[str]) -> Reason:
+    """The same reason, which no longer passes where there is a doubt; a failure stays one."""
+    said = "; ".join(d for d in doubts if d)
+    if not said:
+        return found
+    return replace(found, outcome="fail" if found.outcome == "fail" else "inconclusive", message=f"{found.message}; {said}")
+
+
 def drop_of(row: Row) -> Change | None:
+    """The row's top-1 drop; None where it or its interval was not measured."""
     if row.top1_drop_pp is None or row.top1_drop_low is None or row.top1_drop_high is None:
         return None
     return Change(row.top1_drop_pp, row.top1_drop_low, row.top1_drop_high)
 
 
 def no_drop(report: Report) -> str:
+    """Why a report's row has no drop."""
     judged = report.samples.get("judge")
     if judged is None:
         return "a limit on the drop asks for statistics it cannot have: no data was given (--data)"
@@ -51,9 +64,11 @@ def no_drop(report: Report) -> str:
 
 
 def judged_n(report: Report) -> int | None:
+    """How many samples judged; None where it is not recorded."""
     n = report.samples.get("judge", {}).get("n")
     return n if isinstance(n, int) and n > 0 else None
 
 
 def reason(row: Row, check: str, outcome: str, message: str) -> Reason:
+    """A Reason about that row."""
     return Reason(row.label, check, outcome, message)

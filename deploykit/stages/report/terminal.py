@@ -61,7 +61,7 @@ def _table(report: Report, numbers: dict[int, int], *, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1 if wide else 0), collapse_padding=True)
     for group in groups:
         heading = "\n".join(c.heading for c in group)
-        table.add_column(heading, justify="right" if group[0].figure else "left", overflow="fold")
+        table.add_column(heading, justify="right" if group[0].figure else "left", overflow="fold", no_wrap=group[0].key == "size")
     best = report.best()
     for i, row in enumerate(report.rows):
         found = []

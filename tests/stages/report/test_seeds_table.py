@@ -37,4 +37,6 @@ def test_the_claims_are_labelled_as_claims() -> None:
         assert "claims of an article" in text
         assert "5.63x" in text
         assert "5.00x" in text
-    assert max(map(len, seeds_table.text(report, 80).splitlines())) <= 80
+    narrow = seeds_table.text(report, 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "97.10%" in narrow
