@@ -84,7 +84,7 @@ RULES = _table(
         "DK012",
         "warning",
         "a sample's result depends on the other samples of its batch",
-        "look for normalization or reductions over the batch axis; put the model in evaluation mode before the export",
+        "look for normalization or reductions over the batch axis; put the model in evaluation mode before the export; or that axis is no batch",
     ),
     (
         "DK013",

@@ -5,12 +5,12 @@ Lists of supported operators age; the loader of the installed version doesn't.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit import children
-from deploykit.errors import BackendFailed
+from deploykit.errors import BackendFailed, ChildDied, MissingBackend
 from deploykit.stages.checks.codes import Hit
 from deploykit.stages.checks.structure import one_line
 
@@ -30,8 +30,7 @@ def openvino(path: Path) -> Iterator[Hit]:
     if not children.has_module("openvino"):
         yield Hit("DK065", detail="openvino is not installed", target="openvino", remedy="pip install 'deploykit[openvino]'")
         return
-    for refusal in _ask("OpenVINO (checks)", _read_openvino, path):
-        yield Hit("DK061", refusal.node, refusal.message, "openvino")
+    yield from _ask("OpenVINO (checks)", _read_openvino, path, "DK061", "openvino")
 
 
 def tensorrt(path: Path, target: str) -> Iterator[Hit]:
@@ -43,22 +42,27 @@ def tensorrt(path: Path, target: str) -> Iterator[Hit]:
         yield Hit("DK065", detail="tensorrt-rtx is not installed", target=target, remedy="pip install 'deploykit[rtx]'")
         return
     code = "DK062" if target == "tensorrt-rtx" else "DK063"
-    for refusal in _ask("TensorRT-RTX (checks)", _parse_rtx, path):
+    yield from _ask("TensorRT-RTX (checks)", _parse_rtx, path, code, target)
+
+
+def _ask(name: str, reader: Callable[[str], list[Refusal]], path: Path, code: str, target: str) -> Iterator[Hit]:
+    """`code` for each refusal and for a loader that the model crashed; DK065 when it gave no answer in time."""
+    try:
+        refusals = children.run(name, reader, str(path), timeout_s=TIMEOUT_S)
+    except ChildDied as exc:
+        refusals = [Refusal("", one_line(str(exc)))]
+    except (BackendFailed, MissingBackend) as exc:
+        yield Hit("DK065", detail=one_line(exc.message), target=target, remedy=exc.remedy or "")
+        return
+    for refusal in refusals:
         yield Hit(code, refusal.node, refusal.message, target)
 
 
-def _ask(name: str, reader: object, path: Path) -> list[Refusal]:
-    assert callable(reader)
-    try:
-        answer: list[Refusal] = children.run(name, reader, str(path), timeout_s=TIMEOUT_S)
-    except BackendFailed as exc:
-        return [Refusal("", one_line(str(exc)))]
-    return answer
-
-
 def _read_openvino(path: str) -> list[Refusal]:
-    import openvino
-
+    try:
+        import openvino
+    except ImportError as exc:
+        raise MissingBackend(f"openvino cannot be imported: {exc}", "pip install 'deploykit[openvino]'") from exc
     try:
         openvino.Core().read_model(path)
     except RuntimeError as exc:
@@ -67,7 +71,10 @@ def _read_openvino(path: str) -> list[Refusal]:
 
 
 def _parse_rtx(path: str) -> list[Refusal]:
-    import tensorrt_rtx as trt
+    try:
+        import tensorrt_rtx as trt
+    except ImportError as exc:
+        raise MissingBackend(f"tensorrt_rtx cannot be imported: {exc}", "pip install 'deploykit[rtx]'") from exc
 
     class Quiet(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -63,8 +63,10 @@ def prove(path: Path, signature: Signature, tolerance: float, ranges: Mapping[st
 
 
 def _prove(path: str, signature: Signature, tolerance: float, ranges: Mapping[str, ShapeRange]) -> Report:
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        return Report(not_run=f"onnxruntime cannot be imported: {exc}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = (

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _CONV = ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
 _MATMUL = ("MatMul", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
-_UNCOUNTED = ("Einsum", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "DeformConv")  # they multiply; no formula here
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_UNCOUNTED = ("Einsum", "Attention", "MultiHeadAttention", "DeformConv")  # they multiply; no formula here
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ def _macs(graph: Graph, shapes: Mapping[str, Shape]) -> int | None:
 
 
 def _multiplies(body: onnx.GraphProto) -> bool:
-    return any(n.op_type in (*_CONV, *_MATMUL, *_UNCOUNTED, "Gemm", "ConvTranspose") for n in body.node)
+    return any(n.op_type in (*_CONV, *_MATMUL, *_RECURRENT, *_UNCOUNTED, "Gemm", "ConvTranspose") for n in body.node)
 
 
 def node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
     """Multiply-accumulates of one node: 0 for operators that don't multiply matrices, None when a shape is unknown.
 
     Conv: output elements x weights of one output channel. ConvTranspose: input elements x weights of one input channel.
-    Gemm, MatMul: output elements x the inner dimension. An operator's bias is not counted.
+    Gemm, MatMul: output elements x the inner dimension. LSTM, GRU, RNN: steps x samples x weights of input and state. An
+    operator's bias is not counted.
     """
+    if node.op_type in _RECURRENT:
+        return _recurrent_macs(node, shapes)
     weight_at = 3 if node.op_type == "QLinearConv" else 1
     multiplies = node.op_type in (*_CONV, *_MATMUL, "ConvTranspose", "Gemm")
     if not multiplies:
@@ -115,6 +119,16 @@ def node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         return math.prod(source) * math.prod(weight[1:])
     inner = source[0] if node.op_type == "Gemm" and attribute(node, "transA", 0) else source[-1]
     return math.prod(result) * inner
+
+
+def _recurrent_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+    """X is [steps, batch, size]; W [directions, gates x hidden, size] and R [directions, gates x hidden, hidden]."""
+    if len(node.input) < 3:
+        return None
+    source, weight, state = (_known(shapes, name) for name in node.input[:3])
+    if source is None or weight is None or state is None:
+        return None
+    return math.prod(source[:2]) * (math.prod(weight) + math.prod(state))
 
 
 def _known(shapes: Mapping[str, Shape], name: str) -> tuple[int, ...] | None:

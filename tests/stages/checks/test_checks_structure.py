@@ -10,8 +10,9 @@ import pytest
 import tiny_models
 from written import by_code, write
 
+from deploykit import children
 from deploykit.errors import ModelError, UnknownName
-from deploykit.stages.checks import TARGETS, find, repair, structure, summary
+from deploykit.stages.checks import TARGETS, find, loaders, repair, structure, summary
 from deploykit.stages.checks.context import Graph
 
 RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
@@ -61,6 +62,28 @@ def test_a_custom_operator_is_an_error_of_each_backend_but_does_not_stop_the_lin
     )
     assert {"DK060", "DK061", "DK062", "DK063", "DK064"} <= set(found)
     assert not [f for f in found.values() if f.severity == "error" and f.target == "any"]
+
+
+def test_a_loader_that_is_not_there_or_gives_no_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_models.conv_net(tmp_path / "m.onnx")
+    monkeypatch.setattr(loaders, "TIMEOUT_S", 0.001)
+    assert by_code(path, "openvino")["DK065"].target == "openvino"
+    monkeypatch.setattr(children, "has_module", lambda name: False)
+    found = by_code(path, "tensorrt-rtx", "onnxruntime")
+    assert "not installed" in found["DK065"].message
+    assert "onnxruntime" in found["DK015"].message  # the batch is not proven
+
+
+def test_a_very_large_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_models.conv_net(tmp_path / "m.onnx")
+    assert "DK007" not in by_code(path)
+    monkeypatch.setattr(structure, "LARGE_BYTES", 3000)
+    assert "DK007" in by_code(path)
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", "g () => (float[2] y) { y = Relu(c) }", c=np.ones(2, np.float32))
+    assert [f.code for f in find(path) if f.severity == "error"] == []
 
 
 def test_contradictory_shapes_are_found(tmp_path: Path) -> None:
