@@ -125,7 +125,9 @@ def batch_norm() -> onnx.ModelProto:
 
 def leading_batch_norm() -> onnx.ModelProto:
     stats = [const("g", 3, scale=1), const("be", 3), const("m", 3), numpy_helper.from_array(np.full(3, 0.7, np.float32), "v")]
-    return model([node("BatchNormalization", ["x", "g", "be", "m", "v"], ["n"]), conv("n", "y", "w")], [const("w", 4, 3, 3, 3), *stats])
+    return model(
+        [node("BatchNormalization", ["x", "g", "be", "m", "v"], ["n"]), conv("n", "y", "w")], [const("w", 4, 3, 3, 3), *stats]
+    )
 
 
 def several_inputs() -> onnx.ModelProto:
@@ -153,7 +155,10 @@ def control_flow() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, IMAGE), helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, IMAGE),
+            helper.make_tensor_value_info("flag", TensorProto.BOOL, []),
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4, 8, 8])],
         weights,
     )
@@ -172,7 +177,12 @@ def shared_weights() -> onnx.ModelProto:
 
 
 def grouped() -> onnx.ModelProto:
-    nodes = [conv("x", "a", "w", "b", group=3), node("Clip", ["a", "zero", "six"], ["r"]), conv("r", "c", "v", group=2), node("HardSwish", ["c"], ["y"])]
+    nodes = [
+        conv("x", "a", "w", "b", group=3),
+        node("Clip", ["a", "zero", "six"], ["r"]),
+        conv("r", "c", "v", group=2),
+        node("HardSwish", ["c"], ["y"]),
+    ]
     limits = [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("zero", 0.0), ("six", 6.0))]
     return model(nodes, [const("w", 6, 1, 3, 3), const("b", 6), const("v", 4, 3, 3, 3), *limits])
 
@@ -211,7 +221,9 @@ def odd_gemms() -> onnx.ModelProto:
 
 
 def weights_as_inputs() -> onnx.ModelProto:
-    return model([conv("x", "c", "w", "b"), node("Relu", ["c"], ["y"])], [const("w", 4, 3, 3, 3), const("b", 4)], weights_are_inputs=True)
+    return model(
+        [conv("x", "c", "w", "b"), node("Relu", ["c"], ["y"])], [const("w", 4, 3, 3, 3), const("b", 4)], weights_are_inputs=True
+    )
 
 
 def hidden_weights() -> onnx.ModelProto:
@@ -307,11 +319,25 @@ def attention() -> onnx.ModelProto:
     return model(nodes, [const("lg", 8), const("lb", 8), *[const(n, 8, 8) for n in ("wq", "wk", "wo")]], {"x": ["batch", 5, 8]})
 
 
+def local_function() -> onnx.ModelProto:
+    """A convolution whose activation is a function that the model itself defines."""
+    made = model(
+        [conv("x", "c", "w"), node("Relu", ["c"], ["d"]), conv("d", "y", "v")], [const("w", 4, 3, 3, 3), const("v", 4, 4, 3, 3)]
+    )
+    made.graph.node[1].CopyFrom(node("Act", ["c"], ["d"], domain="mine"))
+    made.functions.append(
+        helper.make_function("mine", "Act", ["a"], ["b"], [node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 18)])
+    )
+    made.opset_import.append(helper.make_opsetid("mine", 1))
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
 ZOO: dict[str, Callable[[], onnx.ModelProto]] = {
     f.__name__: f
     for f in (
         batch_norm, leading_batch_norm, several_inputs, control_flow, shared_weights, grouped, transposed, one_dimension,
         three_dimensions, odd_gemms, weights_as_inputs, hidden_weights, run_time_weights, dead_channel, residual,
-        squeeze_excite, old_opset, attention,
+        squeeze_excite, old_opset, attention, local_function,
     )
 }  # fmt: skip
