@@ -33,6 +33,7 @@ BATCH = 8
 DISTINCT = 256  # images in the file; a longer run goes round
 SHAPE = (3, 224, 224)
 METHODS = ("minmax", "entropy", "percentile", "mse")
+PEERS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}  # ONNX Runtime's names
 
 
 class ImageFile:
@@ -117,7 +118,7 @@ def onnxruntime_run(model: Path, images: ImageFile, n: int, method: str) -> None
         calibrator = create_calibrator(
             str(model),
             augmented_model_path=str(Path(folder) / "augmented.onnx"),
-            calibrate_method=CalibrationMethod[method.capitalize()],
+            calibrate_method=CalibrationMethod[PEERS[method]],
         )
         calibrator.set_execution_providers(["CPUExecutionProvider"])
         calibrator.collect_data(Reader())
@@ -170,7 +171,7 @@ def measure(rounds: int, peers: bool, folder: Path) -> list[dict[str, Any]]:
     plan = [(turn, number) for number in range(rounds) for turn in turns]
     plan.append((("deploykit-all", 2000), 0))
     if peers:
-        plan += [((f"onnxruntime-{m}", n), 0) for n in (64, 256) for m in ("minmax", "entropy", "percentile")]
+        plan += [((f"onnxruntime-{m}", n), 0) for n in (64, 256) for m in PEERS]
     rows = []
     for (kind, n), number in plan:
         row = {"kind": kind, "n": n, "round": number, **launch(kind, n, folder)}

@@ -42,9 +42,9 @@ def show_report(report: Report, json_file: str | None, lines: list[str], *, seed
     console = Console(width=width())
     console.print(terminal.renderable(report, console.width))
     if seeds:
-        from deploykit.stages.report import reference_table
+        from deploykit.stages.report import seeds_table
 
-        console.print(reference_table.renderable(report))
+        console.print(seeds_table.renderable(report))
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -358,7 +358,7 @@ def engine(
 
     def build(folder: Path) -> Artifact:
         made: Artifact = shop.child(f"build {what}", build_engine, backend_name, graph, request, folder)
-        return replace(made, precision=precision, device=target, parent=graph.sha256)
+        return replace(made, stage="engine", precision=precision, device=target, parent=graph.sha256)
 
     return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=(module, *extra))
 
