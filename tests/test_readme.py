@@ -51,9 +51,9 @@ def test_every_linked_file_is_there() -> None:
 
 def test_the_python_example_runs(tmp_path: Path) -> None:
     import numpy as np
+    import tiny_models
 
     import deploykit
-    import tiny_models
 
     pytest.importorskip("onnxruntime")
     path = tiny_models.conv_net(tmp_path / "m.onnx")

@@ -10,7 +10,7 @@ import typer
 from deploykit.cli import options as o
 from deploykit.cli import parsing
 from deploykit.cli.options import add
-from deploykit.cli.printing import say, show_json, show_report, show_rows
+from deploykit.cli.printing import say, show_comparison, show_json, show_report, show_rows
 from deploykit.cli.terminal import Bar
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED
 
@@ -114,14 +114,18 @@ def gate(
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
+    against: Annotated[Path | None, typer.Option("--compare", help="Another run, to show beside this one.")] = None,
     json_file: o.JsonFile = None,
 ) -> int:
     """Renders a finished run again: the table here, and its .md, .csv and .html files anew.
 
-    Example:  deploykit report out
+    Example:  deploykit report out    Example:  deploykit report before --compare after
     """
     from deploykit.pipeline import delivery
 
+    if against is not None:
+        show_comparison(*delivery.two_reports(folder, against))
+        return EXIT_PASSED
     found, written = delivery.render_again(folder)
     show_report(found, json_file, [f"wrote {path}" for path in written])
     return EXIT_PASSED

@@ -49,6 +49,16 @@ def show_report(report: Report, json_file: str | None, lines: list[str], *, seed
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def show_comparison(before: Report, after: Report) -> None:
+    """Two runs beside each other."""
+    from rich.console import Console
+
+    from deploykit.stages.report import compare
+
+    console = Console(width=width())
+    console.print(compare.renderable(before, after))
+
+
 def show_rows(title: str, header: list[str], rows: list[list[str]], *, wrap: int | None = None) -> None:
     """A small table; column `wrap` may fold."""
     from rich.console import Console

@@ -179,8 +179,14 @@ def gate(report_file: Path, baseline: Path | None, limits: gates.Limits, junit: 
 def render_again(folder: Path) -> tuple[Report, list[Path]]:
     """A finished run's report, its .md, .csv and .html written anew."""
     report = report_document.load(folder)
-    target = folder if folder.is_dir() else folder.parent
-    return report, reports.write(report, target)
+    if not folder.is_dir() and folder.name != report_document.REPORT_FILE:
+        raise InputError(f"{folder} is not a run's folder or its report.json", "give the folder that `deploykit run -o` wrote")
+    return report, reports.write(report, folder if folder.is_dir() else folder.parent)
+
+
+def two_reports(before: Path, after: Path) -> tuple[Report, Report]:
+    """Two finished runs."""
+    return report_document.load(before), report_document.load(after)
 
 
 def write_files(report: Report, csv: Path | None, markdown: Path | None, html: Path | None) -> list[Path]:

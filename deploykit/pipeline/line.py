@@ -321,6 +321,9 @@ def _report(
             "summary": dict(shop.summary),
             "export": dict(shop.model.facts),
         }
+    else:
+        given = next((a for a in models[0].built.values() if isinstance(a, Artifact)), None)
+        model |= {"sha256": given.parent or given.sha256} if given is not None else {}
     versions: dict[str, str] = {}
     for name in {r.backend for m in models for r in m.rows}:
         versions.update(backends.get(name).versions())
