@@ -56,8 +56,9 @@ class TensorRtRtx:
         return ("fp16", "int8")
 
     def targets(self) -> tuple[str, ...]:
-        """A T4 and an L4 (or RTX 40)."""
-        return ("sm75", "sm89")
+        """The GPU that is here, where it can be built for; else a T4 and an L4 (or RTX 40)."""
+        here = tuple(g.target for g in gpu.found()[:1] if g.target in plan_header.TARGETS)
+        return here or ("sm75", "sm89")
 
     def all_targets(self) -> tuple[str, ...]:
         """Every GPU generation it can build for."""

@@ -132,7 +132,6 @@ def test_a_target_that_is_none(half: Path, tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_give_is_said_before_any_build() -> None:
-    assert BACKEND.targets() == ("sm75", "sm89")
     assert BACKEND.unsupported("fp16", "sm75") is None
     assert BACKEND.unsupported("int8", "sm89") is None
     for precision, target in (("int8", "sm75"), ("fp32", "sm75"), ("bf16", "sm89"), ("fp16", "cpu")):
@@ -141,6 +140,16 @@ def test_what_it_cannot_give_is_said_before_any_build() -> None:
     assert [BACKEND.graph(p) for p in ("fp32", "fp16", "int8")] == ["fp32", "fp16", "int8-tensorrt"]
     with pytest.raises(UnknownName):
         BACKEND.graph("int4")
+
+
+def test_it_builds_for_the_gpu_here_else_for_a_t4_and_an_l4(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, targets in (
+        ((), ("sm75", "sm89")),
+        ((gpu.Gpu("NVIDIA A10", 8, 6),), ("sm86",)),
+        ((gpu.Gpu("NVIDIA H100", 9, 0),), ("sm75", "sm89")),
+    ):
+        monkeypatch.setattr(gpu, "found", lambda found=found: found)
+        assert BACKEND.targets() == targets
 
 
 @no_gpu

@@ -17,7 +17,7 @@ import pytest
 import trt_bindings
 
 from deploykit.children import has_module
-from deploykit.trt import builder, implicit, log, runner
+from deploykit.trt import builder, implicit, loaded, log
 
 # The name a value has in our code -> NVIDIA's class.
 HOLDERS = {
@@ -64,15 +64,13 @@ GUARDED = {
     ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"): {"8.6"},
     ("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH"): {"11", "rtx"},
 }
-# In runner.py and the backends some of these names hold deploykit's own values.
-OURS = {("runner", "engine"): {"path", "signature", "precision", "facts"}}
 GENERATIONS = ("8.6", "10", "11", "rtx")
 
 
 def touched() -> set[tuple[str, str]]:
-    """(class, member) of NVIDIA's that builder, implicit, log and runner use."""
+    """(class, member) of NVIDIA's that builder, implicit, log and loaded use."""
     found = set()
-    for module in (builder, implicit, log, runner):
+    for module in (builder, implicit, log, loaded):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute):
                 found |= _read(node, module)
@@ -88,7 +86,7 @@ def _read(node: ast.Attribute, module: ModuleType) -> set[tuple[str, str]]:
         return {("module", node.attr)} if not node.attr.startswith("__") else set()
     if name == "flag" and module is builder:
         return {("NetworkDefinitionCreationFlag", node.attr)}
-    if name in HOLDERS and node.attr not in OURS.get((module.__name__.split(".")[-1], name), set()):
+    if name in HOLDERS:
         return {(HOLDERS[name], node.attr)}
     return set()
 

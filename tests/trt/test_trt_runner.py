@@ -160,7 +160,7 @@ def test_rtx_captures_by_itself_and_keeps_its_cache(tmp_path: Path) -> None:
             cache.write_bytes(found)
         board = Double()
         session = _open(tmp_path, board, rtx=True, options={"runtime_cache": str(cache)})
-        (config,) = session._trt.configs
+        (config,) = session._plan._trt.configs
         assert (config.cuda_graph_strategy, config.dynamic_shapes_kernel_specialization_strategy) == ("whole", "eager")
         assert config.cache is not None
         assert config.cache.loaded == (found or b"")
