@@ -122,12 +122,19 @@ def compare(model: Path, precision: str, options: argparse.Namespace, folder: Pa
     ):
         ratio = bootstrap_ratio([np.array([r]) for r in ratios])
         result[name] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "spread": [min(ratios), max(ratios)]}
-    result["within_goal"] = abs(result["throughput"]["ratio"] - 1) <= GOALS[precision]
+    result["outcome"] = outcome(result["throughput"]["low"], result["throughput"]["high"], GOALS[precision])
     return result
 
 
+def outcome(low: float, high: float, goal: float) -> str:
+    """'met' when the whole interval lies within the goal, 'missed' when none of it does, else 'inconclusive'."""
+    if 1 - goal <= low and high <= 1 + goal:
+        return "met"
+    return "missed" if high < 1 - goal or low > 1 + goal else "inconclusive"
+
+
 def main() -> int:
-    """Runs the comparison; 0 when both goals are met."""
+    """Runs the comparison; 0 when both goals are met, 1 when one is missed, 5 when a noisy machine leaves it open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=2.0)
@@ -155,6 +162,7 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(doc, indent=1) + "\n")
     for result in results:
+        print(f"{result['precision']}: {result['outcome']}")
         for kind in ("throughput", "latency"):
             r = result[kind]
             print(
@@ -162,7 +170,8 @@ def main() -> int:
                 f"turns {r['spread'][0]:.3f} to {r['spread'][1]:.3f}); goal within {result['goal']:.0%}"
             )
     print(f"load average: median {doc['load_average']['median']:.1f}, at most {max(loads):.1f}, on {machine.threads()} CPUs")
-    return 0 if all(result["within_goal"] for result in results) else 1
+    outcomes = {result["outcome"] for result in results}
+    return 1 if "missed" in outcomes else 5 if "inconclusive" in outcomes else 0
 
 
 if __name__ == "__main__":
