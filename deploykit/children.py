@@ -70,7 +70,7 @@ class Child:
         if threads is not None:
             for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
                 env[variable] = str(threads)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        self._log = tempfile.TemporaryFile()  # closed in close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "deploykit.worker", str(os.getpid())],
             stdin=subprocess.PIPE,

@@ -5,7 +5,6 @@ The timed region of a run is `bind(feeds)()`: host in, host out (MEASURING: one 
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,8 +102,12 @@ def infer(feeds: Feeds) -> Outputs:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held, in bytes (Linux reports kilobytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory this process itself ever held, in bytes: VmHWM of Linux, since `ru_maxrss` starts at the peak of the
+    process that forked this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def close_engine() -> None:
