@@ -104,7 +104,7 @@ class TensorRt:
             profiles=wanted,
             builder_flags=builder.precision_flags(trt, request.precision, calibrated=text is not None),
             calibration_cache=text,
-            workspace_bytes=int(options.get("workspace_bytes", builder.DEFAULT_WORKSPACE_BYTES)),
+            workspace_bytes=int(options["workspace_bytes"]) if options.get("workspace_bytes") else None,
             timing_cache=None if cache is None else cache.read_bytes() if cache.is_file() else b"",
         )
         made = builder.build(trt, model, artifact.path, artifact.signature, spec)

@@ -88,7 +88,7 @@ class TensorRtRtx:
         Where nodes that asked for INT8 run in something else, `facts` says so: 'fallback' node by node, 'fell_back' in
         words (None where nothing did); whether that is a failure is the caller's to say.
         options: 'profile_each_batch' (False), 'verify_rebuild' (True: build once more in a new process, where that takes
-        seconds).
+        seconds), 'workspace_bytes' (a limit on scratch memory).
         Raises InputError, ModelError, BackendFailed, MissingBackend.
         """
         absent = self.missing()
@@ -105,7 +105,8 @@ class TensorRtRtx:
             artifact.signature, request.batches, request.shapes, each=bool(options.get("profile_each_batch", False))
         )
         model = parser_graph.load(artifact.path)
-        spec = builder.PlanSpec(profiles=wanted, target=request.target)
+        limit = int(options["workspace_bytes"]) if options.get("workspace_bytes") else None
+        spec = builder.PlanSpec(profiles=wanted, target=request.target, workspace_bytes=limit)
         made = builder.build(trt, model, artifact.path, artifact.signature, spec)
         if request.precision == "int8":
             account.require_quantized(model)

@@ -22,7 +22,6 @@ from deploykit.trt.profiles import Profile
 if TYPE_CHECKING:
     import onnx
 
-DEFAULT_WORKSPACE_BYTES = 1 << 30
 _EXPLAIN = "`deploykit build-trt --explain` finds the smallest part of the graph that still fails"
 # The parser's codes that say the file itself is wrong, not that the builder lacks something.
 _BAD_FILE = ("MODEL_DESERIALIZE_FAILED", "INVALID_GRAPH")
@@ -31,13 +30,15 @@ _BAD_FILE = ("MODEL_DESERIALIZE_FAILED", "INVALID_GRAPH")
 @dataclass(frozen=True)
 class PlanSpec:
     """What to build: profiles in order, the GPU generation ('sm75', ...; None = the GPU that is here), the builder flags
-    that this generation still has, and the text of a calibration cache for implicit INT8 (TensorRT up to 10)."""
+    that this generation still has, the text of a calibration cache for implicit INT8 (TensorRT up to 10), and a limit on
+    scratch memory (None: TensorRT's own).
+    """
 
     profiles: tuple[Profile, ...] = ()
     target: str | None = None
     builder_flags: tuple[str, ...] = ()
     calibration_cache: str | None = None
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    workspace_bytes: int | None = None
     timing_cache: bytes | None = None
 
 
@@ -169,7 +170,7 @@ def _check_network(trt: Any, network: Any, signature: Signature) -> None:
 
 def _config(trt: Any, builder: Any, network: Any, spec: PlanSpec) -> Any:
     config = builder.create_builder_config()
-    if hasattr(config, "set_memory_pool_limit"):
+    if spec.workspace_bytes is not None:  # TensorRT's own limit is the GPU's memory; a lower one refuses large networks
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if spec.target is not None:
@@ -246,6 +247,6 @@ def _remedy(reason: str) -> str:
         return "a channel was dead in calibration (scale 0): calibrate on more data, or `deploykit quantize` again"
     if "turing" in low or "sm75" in low:
         return "a T4 (sm75) takes FP16 from TensorRT-RTX: `--fp16`"
-    if "memory" in low:
+    if "memory" in low or "workspace limit" in low:
         return "use a smaller maximum batch, or a machine with more memory"
     return _EXPLAIN

@@ -126,6 +126,13 @@ def test_bytes_that_are_no_model(tmp_path: Path, half: Path) -> None:
         BACKEND.build(bad, BuildRequest("fp16", "sm75"), tmp_path)
 
 
+def test_scratch_memory_is_limited_only_when_asked(half: Path, tmp_path: Path) -> None:
+    request = BuildRequest("fp16", "sm75", (1, 64), options={**QUICK, "workspace_bytes": 16})
+    with pytest.raises(BackendFailed, match=r"workspace limit|[Mm]emory") as caught:
+        BACKEND.build(artifact(half, "fp16"), request, tmp_path)
+    assert "batch" in str(caught.value.remedy)
+
+
 def test_a_target_that_is_none(half: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="sm76"):
         _build(half, "fp16", "sm76", tmp_path)
