@@ -110,8 +110,14 @@ class TensorRtRtx:
         made = builder.build(trt, model, artifact.path, artifact.signature, spec)
         if request.precision == "int8":
             account.require_quantized(model)
-        told = account.facts(model, made, wanted, explained=[plan.RTX_TURING_INT8] if request.target == "sm75" else ())
         again = _rebuild(made, artifact, spec, options)
+        told = account.facts(
+            model,
+            made,
+            wanted,
+            explained=[plan.RTX_TURING_INT8] if request.target == "sm75" else (),
+            notes=_notes(request, again),
+        )
         engine = folder / ENGINE_NAME
         write_atomically(engine, made.data)
         header = plan_header.read(engine)
@@ -155,6 +161,12 @@ class TensorRtRtx:
         adapter = request.options.get("cuda")
         gpu_open = open_device(None if adapter is None else str(adapter))
         return EngineSession(trt, gpu_open, engine, request, f"{here.name} ({here.target})")
+
+
+def _notes(request: BuildRequest, rebuild: str) -> list[str]:
+    """What a reader should know of a plan beside its layers."""
+    notes = [plan.RTX_INT8_POINTWISE] if request.precision in ("int8", "mixed") and request.target != "sm75" else []
+    return [*notes, *([f"rebuild {rebuild}"] if rebuild.startswith("differs") else []), plan.UNVALIDATED]
 
 
 def _rebuild(made: builder.Plan, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> str:

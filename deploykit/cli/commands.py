@@ -169,6 +169,9 @@ def build_trt(
         bool, typer.Option("--allow-fallback", help="Accept an engine whose convolutions run in another precision.")
     ] = False,
     shapes: o.Shapes = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
+    ] = False,
 ) -> int:
     """TensorRT engines with their manifests, one per target, for batch 1 to the largest named.
 
@@ -179,13 +182,22 @@ def build_trt(
 
     chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
     request = trt.TrtRequest(
-        model, tuple(chosen), parsing.names(target), parsing.batches(batch), backend, allow_fallback, parsing.shapes(shapes)
+        model,
+        tuple(chosen),
+        parsing.names(target),
+        parsing.batches(batch),
+        backend,
+        allow_fallback,
+        parsing.shapes(shapes),
+        explain,
     )
     with Bar() as bar:
         made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar)
     for engine in made.engines:
         _engine_line(engine)
-    for line in [*made.warnings, *(x for e in made.engines for x in single.fact_lines(e))]:
+        for line in single.fact_lines(engine):
+            say(f"  {line}")
+    for line in made.warnings:
         say(line)
     return made.exit_code
 

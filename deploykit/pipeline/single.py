@@ -19,7 +19,7 @@ from deploykit import artifact as artifacts
 from deploykit import backends, calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import InputError, MissingBackend, UnknownName
+from deploykit.errors import BackendFailed, InputError, MissingBackend, UnknownName
 from deploykit.pipeline import prepare
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.preprocess import Preprocess
@@ -239,8 +239,12 @@ def build_file(
     narrator: Narrator,
     *,
     allow: bool = False,
+    explain: Path | None = None,
 ) -> Artifact:
-    """One engine of an .onnx file in the folder `out`, with its manifest; `allow` builds what the backend would not vouch for."""
+    """One engine of an .onnx file in the folder `out`, with its manifest; `allow` builds what the backend would not vouch for.
+
+    `explain`: where to write the smallest part of the graph that still fails, when the build does.
+    """
     backend = backends.get(backend_name)
     missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
     if missing is not None:
@@ -257,16 +261,24 @@ def build_file(
         start = time.perf_counter()
         target_folder = folder / "built"
         target_folder.mkdir()
-        made: Artifact = children.run(
-            f"build {backend_name}",
-            prepare.build_engine,
-            backend_name,
-            graph,
-            wanted,
-            target_folder,
-            timeout_s=TIMEOUT_S,
-            progress=narrator.progress,
-        )
+        try:
+            made: Artifact = children.run(
+                f"build {backend_name}",
+                prepare.build_engine,
+                backend_name,
+                graph,
+                wanted,
+                target_folder,
+                timeout_s=TIMEOUT_S,
+                progress=narrator.progress,
+            )
+        except BackendFailed as exc:
+            if explain is None:
+                raise
+            from deploykit.pipeline.explaining import explained
+
+            narrator.step("explain: looking for the smallest part of the graph that still fails")
+            raise explained(exc, backend_name, graph, wanted, explain) from exc
         options = {
             "backend": backend_name,
             "precision": wanted.precision,

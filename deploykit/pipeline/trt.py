@@ -28,6 +28,7 @@ class TrtRequest:
     backend: str
     allow_fallback: bool
     shapes: Mapping[str, ShapeRange]
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator)
             wanted = BuildRequest(
                 precision, target, request.batches, dict(request.shapes), {"allow_fallback": request.allow_fallback}
             )
-            engine = single.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None)
+            part = out / f"{request.model.stem}-{precision}-{target}-failing.onnx" if request.explain else None
+            engine = single.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None, explain=part)
             engines.append(engine)
             fell_back = engine.facts.get("fell_back")
             if fell_back and not request.allow_fallback:

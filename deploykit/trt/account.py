@@ -19,13 +19,14 @@ def facts(
     wanted: Sequence[profiles.Profile],
     *,
     explained: Sequence[str] = (),
+    notes: Sequence[str] = (),
     implicit: bool = False,
 ) -> dict[str, Any]:
     """The manifest's `facts` of a plan: JSON values only.
 
     'requested' and 'layers' count by kind and precision; 'fallback' names each node that asked for INT8 and runs in
-    something else; 'fell_back' says it in words (None where nothing did). `explained` is added to the warnings where
-    something fell back. `implicit`: every convolution and matrix product is asked for in INT8, though no Q/DQ says so.
+    something else; 'fell_back' says it in words (None where nothing did). 'notes' is what to print: the
+    warnings, asked against actual, and the `notes` given. `explained` is added to the warnings where something fell back. `implicit`: every convolution and matrix product is asked for in INT8, though no Q/DQ says so.
     """
     asked = layers.asked(model)
     if implicit:
@@ -33,13 +34,15 @@ def facts(
     missed = layers.shortfalls(asked, made.layers)
     counts = layers.requested(asked)
     lines = plan.shortfall_lines(missed, counts)
+    warnings = [*lines, *(explained if missed else ()), *made.warnings]
     return {
+        "notes": [*warnings, plan.layers_line(counts, layers.by_kind(made.layers)), *notes],
         "profiles": profiles.to_json(wanted),
         "requested": counts,
         "layers": layers.by_kind(made.layers),
         "fallback": [{"node": m.node, "op": m.op, "actual": m.actual} for m in missed],
         "fell_back": "; ".join(lines) or None,
-        "warnings": [*lines, *(explained if missed else ()), *made.warnings],
+        "warnings": warnings,
         "network_layers": made.network_layers,
         "plan_layers": len(made.layers),
         "parse_s": made.parse_s,

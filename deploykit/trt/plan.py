@@ -64,3 +64,12 @@ def shortfall_lines(missed: Iterable[Shortfall], wanted: Mapping[str, Mapping[st
         shown = ", ".join(nodes[:3]) + (", ..." if len(nodes) > 3 else "")
         lines.append(f"{len(nodes)} of {total} {op} that asked for Int8 run in {actual}: {shown}")
     return lines
+
+
+def layers_line(wanted: Mapping[str, Mapping[str, int]], running: Mapping[str, Mapping[str, int]]) -> str:
+    """Asked against actual in one line: 'asked: Conv 20 Int8; runs: convolution 20 Int8, pointwise 13 Float 5 Int8'."""
+
+    def said(table: Mapping[str, Mapping[str, int]]) -> str:
+        return ", ".join(f"{kind} {' '.join(f'{n} {p}' for p, n in row.items())}" for kind, row in table.items()) or "not listed"
+
+    return f"asked: {said(wanted)}; runs: {said(running)}"

@@ -53,6 +53,7 @@ def test_an_fp16_engine_for_a_t4_and_its_manifest(engine: Artifact) -> None:
     assert facts["requested"]["Conv"] == {"Half": 2}
     assert facts["profiles"] == [{"x": {"min": [1, 3, 8, 8], "opt": [4, 3, 8, 8], "max": [4, 3, 8, 8]}}]
     assert facts["warnings"] == []
+    assert any(note.startswith("asked: Conv 2 Half") and "convolution 2 Half" in note for note in facts["notes"])
     assert facts["rebuild"].split(":")[0].split(" ")[0] in ("identical", "differs")
 
 

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from trt_graphs import attempt_unguarded, qdq_conv
+from trt_graphs import artifact, attempt_unguarded, qdq_conv
 
 from deploykit import children
 from deploykit.errors import BackendFailed, ChildDied, MissingBackend
+from deploykit.pipeline.explaining import explained
+from deploykit.session import BuildRequest
 from deploykit.trt import explain
 
 TESTS = str(Path(__file__).parents[1])
@@ -129,3 +131,17 @@ def test_a_real_crash_of_the_builder_is_cut_down_to_its_nodes(tmp_path: Path, mo
     assert "SIGSEGV" in found.failure.message
     assert {op for _, op in found.nodes} <= {"QuantizeLinear", "DequantizeLinear", "Conv"}
     assert len(found.nodes) <= 4
+
+
+@pytest.mark.slow
+def test_explain_names_the_operator_after_a_failed_build(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    path = qdq_conv(tmp_path / "m.onnx", activation="Det")
+    out = tmp_path / "found" / "part.onnx"
+    request = BuildRequest("int8", "sm89", (1, 2))
+    told = explained(BackendFailed("no"), "tensorrt-rtx", artifact(path, "int8"), request, out)
+    assert "1 node(s): Det 'act'" in told.message
+    assert [node.name for node in onnx.load(str(out)).graph.node] == ["act"]
+    fine = explained(BackendFailed("no"), "tensorrt-rtx", artifact(qdq_conv(path), "int8"), request, tmp_path / "none.onnx")
+    assert "did not fail" in fine.message
+    assert not (tmp_path / "none.onnx").exists()

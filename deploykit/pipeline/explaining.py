@@ -1,0 +1,41 @@
+"""--explain: after a build that failed, the smallest part of the graph that still fails, found in child builds."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from deploykit import children
+from deploykit.artifact import Artifact
+from deploykit.errors import BackendFailed
+from deploykit.pipeline.prepare import build_engine
+from deploykit.session import BuildRequest
+from deploykit.trt import explain
+
+BUILD_LIMIT_S = 300.0
+
+
+def explained(failure: BackendFailed, backend_name: str, graph: Artifact, wanted: BuildRequest, out: Path) -> BackendFailed:
+    """The failure with what was found about it; the part that still fails is written to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = children.run(f"explain {backend_name}", find, backend_name, graph, wanted, out)
+    if found is None:
+        return BackendFailed(f"{failure.message}; built once more, it did not fail", "try again: the failure is not a steady one")
+    return BackendFailed(f"{failure.message}; {found} after {found.builds} builds", failure.remedy)
+
+
+def find(backend_name: str, graph: Artifact, wanted: BuildRequest, out: Path) -> explain.Explained | None:
+    """The smallest failing part of a graph; each attempt builds in a child of this process."""
+    from deploykit import graph as graphs
+
+    request = replace(wanted, options={**wanted.options, "verify_rebuild": False})
+
+    def attempt(part: Path) -> explain.Failure | None:
+        made = replace(graph, path=part, signature=graphs.signature(graphs.load(part)))
+        with tempfile.TemporaryDirectory() as folder:
+            return explain.outcome(
+                lambda: children.run("attempt", build_engine, backend_name, made, request, Path(folder), timeout_s=BUILD_LIMIT_S)
+            )
+
+    return explain.smallest_failing(graph.path, attempt, out)
