@@ -95,23 +95,32 @@ def to_onnx(
     )
 
 
-def source_artifact(spec: SourceSpec, path: Path) -> Artifact:
-    """The source itself as an artifact (format 'source'): a JSON file that `open_source` reads, with the signature that the
-    ONNX export has; its manifest not yet saved."""
-    source = load(spec)
+def source_artifact(spec: SourceSpec, path: Path, exported: Artifact | None = None) -> Artifact:
+    """The source itself as an artifact (format 'source'): the spec's JSON, which SourceSpec.from_json and `source.load` open,
+    with the digest it had; its manifest not yet saved.
+
+    `exported`: its ONNX export, whose signature and facts are taken over; without it the source is loaded (torch).
+    """
     digest = spec.digest()
-    doc = {"source": spec.to_json(), "digest": digest, "local_files": dict(source.local_files)}
+    if exported is not None and exported.parent != digest:
+        raise InputError(f"{spec.name} has changed since {exported.path.name} was exported from it", "export it again")
+    if exported is None:
+        source = load(spec)
+        signature, facts = source.signature, _facts(source, None)
+    else:
+        signature, facts = exported.signature, dict(exported.facts)
+    doc = spec.to_json() | {"digest": digest, "local_files": facts["local_files"]}
     write_atomically(path, json.dumps(doc, indent=1, sort_keys=True).encode())
     return Artifact(
         path=path,
         format="source",
         precision="fp32",
-        signature=source.signature,
+        signature=signature,
         stage="export",
         parent=digest,
         options=_told(spec),
         versions=spec.versions(),
-        facts=_facts(source, None) | {"source": digest, "fixed_batch": source.signature.fixed_batch},
+        facts=facts | {"source": digest, "fixed_batch": signature.fixed_batch},
     )
 
 
@@ -122,10 +131,10 @@ def open_source(path: Path) -> Source:
 
     try:
         doc = json.loads(path.read_text())
-        spec = SourceSpec.from_json(doc["source"])
         digest, local = doc["digest"], doc["local_files"]
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise InputError(f"{path} is not the description of a source ({type(exc).__name__}: {exc})", "export again") from exc
+    spec = SourceSpec.from_json(doc)
     changed = changed_files(spec, local)
     if changed or spec.digest() != digest:
         what = ", ".join(changed) or "its file, its weights or a package's version"
