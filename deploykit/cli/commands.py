@@ -169,6 +169,13 @@ def build_trt(
         bool, typer.Option("--allow-fallback", help="Accept an engine whose convolutions run in another precision.")
     ] = False,
     shapes: o.Shapes = None,
+    int8_mode: Annotated[
+        str,
+        typer.Option(
+            "--int8-mode",
+            help="explicit (Q/DQ in the graph), or implicit (TensorRT up to 10 only: a calibrator reading --calib).",
+        ),
+    ] = "explicit",
     explain: Annotated[
         bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
     ] = False,
@@ -190,6 +197,7 @@ def build_trt(
         allow_fallback,
         parsing.shapes(shapes),
         explain,
+        int8_mode,
     )
     with Bar() as bar:
         made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar)

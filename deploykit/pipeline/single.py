@@ -249,7 +249,7 @@ def build_file(
     missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
     if missing is not None:
         raise MissingBackend(f"{backend_name} {wanted.precision}: {missing.why}", missing.remedy)
-    kind = backend.graph(wanted.precision)
+    kind = "fp32" if wanted.options.get("calibration") else backend.graph(wanted.precision)  # implicit INT8: the float graph
     if kind == "source":
         raise InputError(
             f"{backend_name} runs PyTorch sources, not .onnx files", "give the source to `deploykit run` or `deploykit bench`"

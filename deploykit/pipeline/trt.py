@@ -8,12 +8,13 @@ from pathlib import Path
 
 from deploykit import backends
 from deploykit.artifact import Artifact
-from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, MissingBackend, UnknownName
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError, MissingBackend, UnknownName
 from deploykit.pipeline import single
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange
 
+INT8_MODES = ("explicit", "implicit")
 CHOICES = {"auto": "", "rtx": "tensorrt-rtx", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
@@ -29,6 +30,7 @@ class TrtRequest:
     allow_fallback: bool
     shapes: Mapping[str, ShapeRange]
     explain: bool = False
+    int8_mode: str = "explicit"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator)
     for target in request.targets or ():
         if target not in backend.all_targets():
             raise UnknownName("target", target, backend.all_targets())
+    implicit = _implicit(request, name, data)
     engines: list[Artifact] = []
     warnings: list[str] = []
     failed = False
@@ -74,9 +77,8 @@ def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator)
                 warnings.append(f"not built: {precision} for {target}: {cannot}")
                 failed = True
                 continue
-            wanted = BuildRequest(
-                precision, target, request.batches, dict(request.shapes), {"allow_fallback": request.allow_fallback}
-            )
+            options = {"allow_fallback": request.allow_fallback, **(implicit if precision == "int8" else {})}
+            wanted = BuildRequest(precision, target, request.batches, dict(request.shapes), options)
             part = out / f"{request.model.stem}-{precision}-{target}-failing.onnx" if request.explain else None
             engine = single.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None, explain=part)
             engines.append(engine)
@@ -87,3 +89,18 @@ def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator)
     if not engines and failed:
         raise BackendFailed("; ".join(warnings), "choose another --target or precision")
     return TrtResult(tuple(engines), tuple(warnings), EXIT_FAILED if failed else EXIT_PASSED)
+
+
+def _implicit(request: TrtRequest, name: str, data: DataRequest) -> dict[str, str]:
+    """The build options of implicit INT8: none for explicit. Raises InputError where there is no calibrator, or no cache."""
+    if request.int8_mode not in INT8_MODES:
+        raise UnknownName("--int8-mode", request.int8_mode, INT8_MODES)
+    if request.int8_mode == "explicit":
+        return {}
+    if name != "tensorrt":
+        raise InputError(
+            f"{name} has no INT8 calibrators, so there is no implicit INT8", "leave --int8-mode out, or use --backend tensorrt"
+        )
+    if data.calib_table is None:
+        raise InputError("implicit INT8 reads a calibration cache", "give --calib: our calib.json, or TensorRT's text cache")
+    return {"calibration": str(data.calib_table)}
