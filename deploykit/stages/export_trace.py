@@ -22,41 +22,40 @@ def trace(source: Source, batches: tuple[int, ...], name: str) -> tuple[torch.ex
 
     Raises ModelError naming file and line where the batch, or another dynamic axis, became a constant.
     """
-    import torch
 
     if source.program is not None:
         return source.program, _within_range(source, batches)
-    feeds, flat = source.example, _tensors_only(source)
     shapes = _dynamic_shapes(source, max(batches))
     try:
-        with torch.no_grad():
-            program = torch.export.export(flat, (), dict(feeds), dynamic_shapes=shapes)
+        program = _export(source, shapes)
     except Exception as exc:
-        raise _explained(exc, source, flat, shapes, name) from exc
+        raise _explained(exc, source, shapes, name) from exc
     _require_batch(program, source, name)
     return program, batches
 
 
-def _tensors_only(source: Source) -> torch.nn.Module:
-    """The module, or where it returns more than tensors (None, numbers), one around it that leaves those out."""
+def _export(source: Source, shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The program of the module, or where it returns more than tensors (None, numbers), of one that leaves those out."""
     import torch
     from torch.utils import _pytree as pytree
 
+    names = tuple(source.example)
     with torch.no_grad():
         leaves = pytree.tree_leaves(source.module(**source.example))
-    if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        return source.module
+        if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return torch.export.export(source.module, (), dict(source.example), dynamic_shapes=shapes)
 
-    class TensorsOnly(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = source.module
+        class TensorsOnly(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = source.module
 
-        def forward(self, **feeds: torch.Tensor) -> Any:
-            found = pytree.tree_leaves(self.inner(**feeds))
-            return tuple(leaf for leaf in found if isinstance(leaf, torch.Tensor))
+            def forward(self, *tensors: torch.Tensor) -> Any:  # **feeds: torch 2.14 writes guards it cannot convert
+                found = pytree.tree_leaves(self.inner(**dict(zip(names, tensors, strict=True))))
+                return tuple(leaf for leaf in found if isinstance(leaf, torch.Tensor))
 
-    return TensorsOnly()
+        inner = {"tensors": tuple(shapes[name] for name in names)}
+        return torch.export.export(TensorsOnly(), tuple(source.example.values()), dynamic_shapes=inner)
 
 
 def _dynamic_shapes(source: Source, most: int) -> dict[str, Any]:
@@ -94,12 +93,11 @@ class _Guards(logging.Handler):
                 self.lines.append((guard[1], frame))
 
 
-def _explained(exc: Exception, source: Source, module: torch.nn.Module, shapes: dict[str, Any], name: str) -> ModelError:
+def _explained(exc: Exception, source: Source, shapes: dict[str, Any], name: str) -> ModelError:
     """The error of a failed trace, with the line that fixed an axis: found by tracing again and watching the guards.
 
     torch 2.14 names the axis but not the line ('You marked batch as dynamic but your code specialized it').
     """
-    import torch
 
     text = str(exc)
     if "onstraints violated" not in text and "pecializ" not in text:
@@ -119,19 +117,21 @@ def _explained(exc: Exception, source: Source, module: torch.nn.Module, shapes: 
     logger.handlers, logger.propagate = [guards], False
     logger.setLevel(logging.INFO)
     try:
-        with torch.no_grad():
-            torch.export.export(module, (), dict(source.example), dynamic_shapes=shapes)
+        _export(source, shapes)
     except Exception:  # it failed before, and fails again: the guards on the way there are what is wanted
         pass
     finally:
         logger.handlers, logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
     reason = next((line.strip(" -") for line in text.splitlines() if line.strip().startswith("- ")), "")
-    places = [f"{_readable(guard, guards.symbols)} at {frame}" for guard, frame in dict.fromkeys(guards.lines)]
+    # Where two axes must be equal, no size is fixed: a state and its input share the batch.
+    lines = [(guard, frame) for guard, frame in dict.fromkeys(guards.lines) if not re.fullmatch(r"Eq\(s\d+, s\d+\)", guard)]
+    places = [f"{_readable(guard, guards.symbols)} at {frame}" for guard, frame in lines]
     shown = "; ".join(places[:3]) or reason.split(". If you're")[0]
     return ModelError(
-        f"{name} fixes the size of a dynamic axis, so it cannot be exported with a dynamic batch: {shown}",
-        "take the batch from the input (x.shape[0]) and keep it symbolic: no int(), no loop over samples, no tensor made for one batch",
+        f"{name} fixes the size of an axis that ought to be dynamic: {shown}",
+        "take sizes from the input (x.shape[0]) and keep them symbolic: no int(), no loop over samples, no tensor made for one batch; "
+        "give an axis other than the batch a number in --input (recurrent layers are unrolled over theirs)",
     )
 
 

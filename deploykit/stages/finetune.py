@@ -102,16 +102,17 @@ def train(
         raise InputError(f"a .{spec.kind} file cannot be trained", "name the model itself and --weights")
     source = load(spec, fresh_head=True)
     labels = _labels(samples, source)
-    before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # untyped
+    before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # ResNet-18 at 32x32: 0.28 instead of 0.40 CPU s a step
+        settings.fill_uninitialized_memory = False  # ResNet-18 at 32x32: 0.28 instead of 0.40 CPU s a step
         try:
             figures = _fit(source, _Inputs(samples), labels, recipe, seconds)
         finally:
             torch.use_deterministic_algorithms(before)
-            torch.utils.deterministic.fill_uninitialized_memory = filling
+            settings.fill_uninitialized_memory = filling
     return _write(spec, source, samples, out, recipe, figures)
 
 

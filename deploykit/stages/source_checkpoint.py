@@ -78,13 +78,12 @@ def fit(module: torch.nn.Module, state: State, name: str) -> str | None:
 
     Names are compared first. Where they differ but both sides hold as many tensors with the same shapes in the same
     order, the order decides: two ports of one network name their layers differently and define them alike.
-    Batch counters (num_batches_tracked) are left out of the comparison, since they don't touch inference.
+    Batch counters (num_batches_tracked, whole numbers of rank 0) are left out of the comparison, since they don't touch inference.
     Raises ModelError listing the first mismatches.
     """
     import torch
 
-    own = {key: value for key, value in module.state_dict().items() if not key.endswith("num_batches_tracked")}
-    given = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    own, given = _without_counters(module.state_dict()), _without_counters(state)
     if set(own) == set(given):
         wrong = [k for k in own if own[k].shape != given[k].shape]
         if wrong:
@@ -106,6 +105,10 @@ def fit(module: torch.nn.Module, state: State, name: str) -> str | None:
     with torch.no_grad():
         module.load_state_dict(renamed, strict=False)
     return note
+
+
+def _without_counters(state: State) -> State:
+    return {key: value for key, value in state.items() if value.ndim or value.is_floating_point()}
 
 
 def fit_backbone(module: torch.nn.Module, state: State, name: str) -> tuple[str, ...]:
