@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from deploykit import graph
 from deploykit.errors import BackendFailed, InputError, ModelError
 from deploykit.signature import Signature
@@ -166,6 +168,23 @@ def _check_network(trt: Any, network: Any, signature: Signature) -> None:
             raise BackendFailed(
                 f"{trt.__name__} sees the {what} {found}, the model has {expected}", "a graph input that nothing reads? remove it"
             )
+    _check_types(trt, inputs, signature)
+
+
+def _check_types(trt: Any, inputs: list[Any], signature: Signature) -> None:
+    """Seen with TensorRT-RTX 1.7.1: a float64 input becomes float32 without a word."""
+    for tensor in inputs:
+        asked = signature.input(tensor.name).dtype
+        try:
+            found = np.dtype(trt.nptype(tensor.dtype)).name
+        except TypeError:
+            found = tensor.dtype.name
+        narrowed = (asked, found) == ("int64", "int32")  # TensorRT 8.6 has no int64; its runner converts
+        if found != asked and not narrowed:
+            raise BackendFailed(
+                f"input '{tensor.name}' is {asked}, and {trt.__name__} would take it as {found}",
+                f"export the model with {found} inputs",
+            )
 
 
 def _config(trt: Any, builder: Any, network: Any, spec: PlanSpec) -> Any:
@@ -226,7 +245,7 @@ def _parser_error(trt: Any, parser: Any, heard: Heard) -> Exception:
     said = error.desc().strip().removeprefix("Assertion failed: ")
     operator = error.node_operator() if hasattr(error, "node_operator") else ""
     name = error.node_name() if hasattr(error, "node_name") else f"number {error.node()}"
-    where = f"node '{name}' ({operator})" if operator else f"node {name}"
+    where = f"node '{name}' ({operator})" if operator else f"node {name}" if name else "the graph's inputs, outputs or weights"
     if code in _BAD_FILE:
         return ModelError(f"{trt.__name__} cannot read the graph: {said}", "export the model again")
     if code.startswith("UNSUPPORTED"):

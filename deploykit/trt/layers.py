@@ -37,7 +37,7 @@ _KINDS = {
     "noop": "reformat",
 }
 # Bookkeeping of streams and shapes: no arithmetic, so they have no precision to report.
-_HOUSEKEEPING = frozenset({"shape_call", "signal", "wait", "reformat", "constant", "shape_to_host", "shape_h2d"})
+_HOUSEKEEPING = frozenset({"shape_call", "signal", "wait", "reformat", "constant", "shape_to_host", "shape_h2d", "jmp"})
 _HEAVY = ("convolution", "deconvolution", "gemm")
 _DTYPE = re.compile(r"Datatype: (\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: (.*?)\](?=[\[\x1e\s]|$)")

@@ -12,8 +12,12 @@ _NOISE = re.compile(
     r"CUDA driver version is insufficient|no CUDA-capable device|Network must have at least one output",
     re.IGNORECASE,
 )
-# Told for every quantized convolution, and of no consequence: the scales are kept in float32 within the layer.
-_ROUTINE = re.compile(r"Converting (conv|gemm|matmul|fc)?\s*(activation|weight) scales to fp32", re.IGNORECASE)
+# Of no consequence: the scales of a quantized convolution are kept in float32 within the layer, and integer inputs are
+# bound as what they are.
+_ROUTINE = re.compile(
+    r"Converting (conv|gemm|matmul|fc)?\s*(activation|weight) scales to fp32|Make sure (input|output) .* has Int64 binding",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -46,18 +50,29 @@ class Heard:
         return tuple(dict.fromkeys(kept))
 
 
+_recorders: dict[Any, Any] = {}
+
+
 def recorder(trt: Any) -> tuple[Any, Heard]:
-    """A logger of `trt` and what it hears. It must outlive the builder or runtime it is given to."""
-    heard = Heard()
+    """A logger of `trt` and what it hears from now on.
 
-    class Recorder(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # super() alone leaves the C++ half unmade
+    One logger a process and module, each call with a new `Heard`: TensorRT ignores a second logger while a builder or
+    runtime with the first is alive (a caught exception can hold one), and a logger must outlive them.
+    """
+    if trt.ILogger not in _recorders:
 
-        def log(self, severity: Any, message: str) -> None:
-            heard.hear(severity.name, message)
+        class Recorder(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)  # super() alone leaves the C++ half unmade
+                self.heard = Heard()
 
-    return Recorder(), heard
+            def log(self, severity: Any, message: str) -> None:
+                self.heard.hear(severity.name, message)
+
+        _recorders[trt.ILogger] = Recorder()
+    logger = _recorders[trt.ILogger]
+    logger.heard = Heard()
+    return logger, logger.heard
 
 
 def _shorter(message: str) -> str:

@@ -9,7 +9,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from tiny_models import conv_net
 from trt_graphs import artifact, build_in_child, qdq_conv, to_half
 
@@ -125,6 +127,34 @@ def test_bytes_that_are_no_model(tmp_path: Path, half: Path) -> None:
     bad.path.write_bytes(b"hello world")
     with pytest.raises(ModelError):
         BACKEND.build(bad, BuildRequest("fp16", "sm75"), tmp_path)
+
+
+def _relu(path: Path, dtype: int) -> Path:
+    made = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"], name="same")],
+        "g",
+        [helper.make_tensor_value_info("x", dtype, ["batch", 3])],
+        [helper.make_tensor_value_info("y", dtype, ["batch", 3])],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(path))
+    return path
+
+
+def test_input_types_that_tensorrt_would_change_or_lacks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed, match=r"'x' is float64.*would take it as float32"):
+        _build(_relu(tmp_path / "d.onnx", TensorProto.DOUBLE), "fp32", "sm89", tmp_path)
+    with pytest.raises(BackendFailed, match="the graph's inputs"):
+        _build(_relu(tmp_path / "s.onnx", TensorProto.STRING), "fp32", "sm89", tmp_path)
+    for dtype in (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT16):
+        assert _build(_relu(tmp_path / "f.onnx", dtype), "fp32", "sm89", tmp_path).facts["warnings"] == []
+
+
+def test_a_failed_build_that_is_still_held_does_not_silence_the_next(tmp_path: Path) -> None:
+    with pytest.raises(BackendFailed) as held:
+        _build(qdq_conv(tmp_path / "bad.onnx", zero_point=3), "int8", "sm89", tmp_path)
+    made = _build(qdq_conv(tmp_path / "q.onnx"), "int8", "sm89", tmp_path)
+    assert made.facts["layers"]["convolution"] == {"Int8": 1}
+    assert held.value
 
 
 def test_scratch_memory_is_limited_only_when_asked(half: Path, tmp_path: Path) -> None:
