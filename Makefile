@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 
 demo: install
 	@test -f demo/digits.safetensors || $(BIN)/deploykit finetune $(DEMO_SOURCE) --weights none --data digits \
-		--epochs 12 --seconds 40 -o demo/digits.safetensors
+		--epochs 6 --seconds 40 -o demo/digits.safetensors
 	@$(BIN)/deploykit run $(DEMO_SOURCE) --weights demo/digits.safetensors --data digits \
 		--backend torch,onnxruntime,openvino,tensorrt-rtx --batch 1 -o demo/report
 

@@ -31,7 +31,6 @@ HEAVY = [
     "sklearn",
     "scipy",
     "PIL",
-    "pydantic",
     "safetensors",
     "nncf",
 ]

@@ -56,7 +56,7 @@ def finetune(request: TrainingRequest, narrator: Narrator) -> list[str]:
 def _signature(spec: SourceSpec) -> Signature:
     from deploykit.stages import source
 
-    return source.load(spec).signature
+    return source.load(spec, fresh_head=True).signature
 
 
 def _train(spec: SourceSpec, share: Samples, request: TrainingRequest) -> dict[str, Any]:

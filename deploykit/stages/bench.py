@@ -40,6 +40,7 @@ class Duration:
 
 
 DURATIONS = {
+    "smoke": Duration("smoke", launches=2, rounds=2, seconds=0.2, limit_s=0.2),  # does everything run? rough ratios
     "quick": Duration("quick", launches=3, rounds=4, seconds=3.0, limit_s=6.0),
     "standard": Duration("standard", launches=5, rounds=8, seconds=10.0, limit_s=20.0),
     "mlperf": Duration("mlperf", launches=5, rounds=60, seconds=600.0, limit_s=660.0, enough_runs=6636),

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 
 pytest.importorskip("onnxruntime")
-SHORT = ["--duration", "quick", "--threads", "1"]
+SHORT = ["--duration", "smoke", "--threads", "1"]
 
 
 def _deploykit(*arguments: str, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -28,11 +28,9 @@ def _deploykit(*arguments: str, cwd: Path, code: int | None = 0) -> subprocess.C
     return done
 
 
-def _npz(path: Path, n: int = 24, *, labels: bool = True, **changes: Any) -> Path:
+def _npz(path: Path, n: int = 24, **changes: Any) -> Path:
     rng = np.random.default_rng(3)
-    arrays = {"x": rng.normal(size=(n, 3, 8, 8)).astype(np.float32)}
-    if labels:
-        arrays["labels"] = rng.integers(0, 4, n)
+    arrays = {"x": rng.normal(size=(n, 3, 8, 8)).astype(np.float32), "labels": rng.integers(0, 4, n)}
     arrays.update(changes)
     np.savez(path, **arrays)
     return path
