@@ -83,7 +83,8 @@ class TensorRtRtx:
         return _GRAPHS[precision]
 
     def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
-        """An engine for `request.target`, written to `folder/model.engine`, its manifest unsaved. Builds in this process.
+        """An engine for `request.target`, written to `folder/model.engine`, its manifest unsaved. Builds in this process,
+        unless a build has failed in it (see `builder.spoiled`).
 
         Where nodes that asked for INT8 run in something else, `facts` says so: 'fallback' node by node, 'fell_back' in
         words (None where nothing did); whether that is a failure is the caller's to say.
@@ -100,6 +101,8 @@ class TensorRtRtx:
             raise BackendFailed(plan.RTX_TURING_FP32, "use --fp16")
         import tensorrt_rtx as trt
 
+        if builder.spoiled(trt):
+            return children.run("TensorRT-RTX, new process", build_anew, artifact, request, folder)
         options = request.options
         wanted = profiles.for_batches(
             artifact.signature, request.batches, request.shapes, each=bool(options.get("profile_each_batch", False))
@@ -202,6 +205,11 @@ def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tup
 
     made = builder.build(trt, parser_graph.load(path), path, signature, spec)
     return len(made.data), hashlib.sha256(made.data).hexdigest(), layers.by_kind(made.layers)
+
+
+def build_anew(artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
+    """`build`, called in a process that has built nothing yet."""
+    return BACKEND.build(artifact, request, folder)
 
 
 BACKEND = TensorRtRtx()

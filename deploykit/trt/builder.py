@@ -62,6 +62,7 @@ class Plan:
 
 
 _builds = 0  # in this process
+_failed = False  # whether one of them failed
 
 
 def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, spec: PlanSpec) -> Plan:
@@ -70,7 +71,9 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     Raises ModelError and BackendFailed naming the operator and node where the parser does, InputError for a target or
     flag that this generation does not have.
     """
-    global _builds
+    global _builds, _failed
+    if spoiled(trt):
+        raise BackendFailed("a build failed in this process before, and the next would be wrong", "build in a new process")
     _builds += 1
     first = _builds == 1
     logger, heard = recorder(trt)
@@ -92,11 +95,21 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     memory = builder.build_serialized_network(network, config)
     build_s = time.perf_counter() - start
     if memory is None:
+        _failed = True
         reason = heard.first_error() or "it gave no reason"
         raise BackendFailed(f"{trt.__name__} could not build the engine: {reason}", _remedy(reason))
     found = tuple(layer for text in heard.listing for layer in layer_listing.from_listing(text))
     saved = bytes(memoryview(cache.serialize())) if cache is not None else None
     return Plan(bytes(memoryview(memory)), found, heard.notable_warnings(), network.num_layers, parse_s, build_s, first, saved)
+
+
+def spoiled(trt: Any) -> bool:
+    """Whether this process must not build any more.
+
+    Seen with TensorRT-RTX 1.7.1: after a build for sm75 that failed, the next plan in that process carries Turing's kernels,
+    whatever target it asked for and its header names.
+    """
+    return _failed and bool(targets(trt))
 
 
 def with_layers(made: Plan, found: tuple[layer_listing.Layer, ...]) -> Plan:

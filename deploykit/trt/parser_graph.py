@@ -36,6 +36,7 @@ def load(path: Path, *, guard: bool = True) -> onnx.ModelProto:
         taken.add(node.name)
     if guard:
         _refuse_computed_scales(model)
+        _refuse_uint8(model)
     return model
 
 
@@ -91,3 +92,16 @@ def _refuse_computed_scales(model: onnx.ModelProto) -> None:
             node.op_type in ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze") and all(i in constant for i in node.input)
         ):
             constant.update(node.output)
+
+
+def _refuse_uint8(model: onnx.ModelProto) -> None:
+    """Seen with TensorRT-RTX 1.7.1: uint8 with zero point 0 is taken as int8 with a warning, so half the range is lost."""
+    import onnx
+
+    unsigned = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.UINT8}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2 and node.input[2] in unsigned:
+            raise BackendFailed(
+                f"node '{node.name}' ({node.op_type}) quantizes to uint8; TensorRT would take it as int8 and clip half the range",
+                "quantize symmetrically: `deploykit quantize --mode static --layout tensorrt`",
+            )

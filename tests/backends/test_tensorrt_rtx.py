@@ -93,6 +93,7 @@ def test_a_convolution_that_silently_stays_float_is_told(tmp_path: Path, wrong: 
     [
         ({"zero_point": 3}, r"node 'q0' \(QuantizeLinear\).*zero point"),
         ({"zero_point": 128, "zero_dtype": np.uint8}, r"node 'q0' \(QuantizeLinear\)"),
+        ({"zero_dtype": np.uint8}, r"node 'q0' \(QuantizeLinear\).*clip half"),
         ({"scale": 0.0}, r"node 'q0'.*positive"),
         ({"computed_scale": True}, r"node 'q0'.*computed"),
         ({"activation": "Det"}, r"node 'act' \(Det\)"),
@@ -155,6 +156,14 @@ def test_a_failed_build_that_is_still_held_does_not_silence_the_next(tmp_path: P
     made = _build(qdq_conv(tmp_path / "q.onnx"), "int8", "sm89", tmp_path)
     assert made.facts["layers"]["convolution"] == {"Int8": 1}
     assert held.value
+
+
+def test_a_failed_build_for_a_t4_does_not_spoil_the_next_plan(tmp_path: Path) -> None:
+    """Without a new process the second plan would hold Turing's kernels under a header that says sm89."""
+    with pytest.raises(BackendFailed, match="FP32 GEMM"):
+        _build(conv_net(tmp_path / "f.onnx"), "fp16", "sm75", tmp_path)
+    made = _build(qdq_conv(tmp_path / "q.onnx"), "int8", "sm89", tmp_path)
+    assert made.facts["layers"]["convolution"] == {"Int8": 1}
 
 
 def test_scratch_memory_is_limited_only_when_asked(half: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Random networks through quantization and a real INT8 build: nothing crashes, and what asked for INT8 runs in it."""
+"""Random networks through quantization, the checks and a real INT8 build: nothing crashes, what the checks pass the builder
+accepts, and what asked for INT8 runs in it."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from deploykit.calibration_table import CalibrationTable, Range
 from deploykit.pipeline.prepare import build_engine
 from deploykit.session import BuildRequest
 from deploykit.stages import precision
+from deploykit.stages.checks import api as checks
 
 OPS = ("conv3", "conv1", "depthwise", "stride", "relu", "clip", "sigmoid", "maxpool", "avgpool", "residual", "concat")
 pytestmark = [
@@ -131,6 +133,7 @@ def test_random_networks_build_in_int8_as_asked(
         net.grow(kind, width)
     path = net.save(folder / "f.onnx")
     made = precision.to_int8_fp16(path, _table(path), folder / "q.onnx").save()
+    assert [f for f in checks.find(made.path, ("tensorrt-rtx",)) if f.severity == "error"] == []
     request = BuildRequest("int8", target, (1, 4), options={"verify_rebuild": False})
     engine = child.call(build_engine, "tensorrt-rtx", made, request, folder, timeout_s=120.0)
     convolutions = sum(node.op_type == "Conv" for node in net.nodes)
