@@ -42,7 +42,8 @@ def ready(signature: Signature, request: OpenRequest, feeds: Feeds, *, static: b
                 f"input '{name}' has shape {feeds[name].shape}, this engine was opened at {shape}",
                 "open it with the shape of the data as the middle one of --shapes",
             )
-    return {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in signature.inputs}
+    # np.ascontiguousarray would make a 0-d array 1-d
+    return {spec.name: np.asarray(feeds[spec.name], order="C") for spec in signature.inputs}
 
 
 def by_name(signature: Signature, arrays: Mapping[str, NDArray[Any]]) -> Outputs:
