@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, TypeVar
@@ -61,6 +63,9 @@ def read_message(stream: IO[bytes]) -> Any:
     return pickle.loads(data)
 
 
+_alive: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
 class Child:
     """One child process. `call` runs a module-level function there; `close` ends it. A context manager."""
 
@@ -81,6 +86,7 @@ class Child:
             start_new_session=True,
         )
         self._pending: str | None = None
+        _alive.add(self)
 
     @property
     def pid(self) -> int:
@@ -209,6 +215,25 @@ def run(
     """What `function(*args)` returns, run in a child process of its own."""
     with Child(name, threads=threads) as child:
         return child.call(function, *args, timeout_s=timeout_s, progress=progress)
+
+
+def side_by_side(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of jobs that mostly wait for children, in order, two at a time.
+
+    A child that outlives its job must have been started before: Linux kills it with the thread that started it
+    (PR_SET_PDEATHSIG). The first exception is raised once all jobs have ended; an interrupt kills every child, so that none is waited for.
+    """
+    with ThreadPoolExecutor(max_workers=min(2, available_threads())) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException as exc:
+            for future in futures:
+                future.cancel()
+            if not isinstance(exc, Exception):
+                for child in list(_alive):
+                    child.kill()
+            raise
 
 
 _report: Progress | None = None

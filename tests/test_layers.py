@@ -88,7 +88,7 @@ for command in {commands!r}:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Example:") == len(commands)
+    assert done.stdout.count("Example:") >= len(commands)
 
 
 def _imports(path: Path) -> set[str]:

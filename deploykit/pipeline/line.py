@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit import backends, data, machine, preprocess
+from deploykit import backends, calibration_table, data, machine, preprocess
 from deploykit.artifact import Artifact
-from deploykit.errors import ChecksFailed, DeploykitError, InputError, MissingBackend
+from deploykit.children import side_by_side
+from deploykit.data.images import ImageReader
+from deploykit.errors import (
+    ChecksFailed,
+    DataError,
+    DeploykitError,
+    InputError,
+    MissingBackend,
+    OutOfSpace,
+    StaleCalibration,
+    UnknownName,
+)
 from deploykit.pipeline import assemble, engines, measuring, prepare
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names, plan
@@ -21,6 +33,7 @@ from deploykit.report_document import Report
 from deploykit.row import Row
 from deploykit.samples import Samples
 from deploykit.signature import Feeds, ShapeRange, Signature
+from deploykit.stages import bench
 from deploykit.store import Store
 
 
@@ -70,9 +83,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     """Everything that was asked for, as a report. Rows that cannot run say why; only a target that no engine could load
     raises (ModelError, ChecksFailed), and a name that deploykit does not know (UnknownName)."""
     say = narrator or Silent()
-    check_names(request.rows)
-    if not request.rows.batches or min(request.rows.batches) < 1:
-        raise InputError(f"--batch must name positive sizes, not {request.rows.batches}", "example: --batch 1,8")
+    _check(request)
     store = Store(request.store)
     models = [m for target in request.targets for m in _open(target, request, store, say)]
     _name_apart(models)
@@ -103,6 +114,18 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         reused=tuple(x for m in models if m.shop for x in m.shop.reused),
         workshops=tuple(m.shop for m in models if m.shop),
     )
+
+
+def _check(request: LineRequest) -> None:
+    """Raises what is wrong with the request by itself, before anything is spent on it."""
+    check_names(request.rows)
+    bench.duration(request.rows.duration)
+    if not request.rows.batches or min(request.rows.batches) < 1:
+        raise InputError(f"--batch must name positive sizes, not {request.rows.batches}", "example: --batch 1,8")
+    if request.data.method not in calibration_table.METHODS:
+        raise UnknownName("calibration method", request.data.method, calibration_table.METHODS)
+    if request.data.calib_table is not None:
+        calibration_table.load(request.data.calib_table)
 
 
 def _open(target: SourceRequest, request: LineRequest, store: Store, say: Narrator) -> list[_Model]:
@@ -172,13 +195,16 @@ def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
         return Shares()
     classes, own = _classes(model, request.classes), _preprocess(model, request.preprocess)
 
-    def opened(spec: str) -> Samples:
-        return data.open(spec, model.signature, preprocess=own, classes=classes, limit=request.limit, shapes=rows.shapes)
+    def opened(spec: str, *, judges: bool) -> Samples:
+        found = data.open(spec, model.signature, preprocess=own, classes=classes, limit=request.limit, shapes=rows.shapes)
+        if judges and classes is None:
+            _needs_class_order(model, found)
+        return found
 
-    calib = opened(request.calib_data) if request.calib_data is not None else None
+    calib = opened(request.calib_data, judges=False) if request.calib_data is not None else None
     if request.data is None:
         return Shares(None, calib)
-    everything = opened(request.data)
+    everything = opened(request.data, judges=True)
     needs_calibration = any(
         not row.skip and backends.get(row.backend).graph(row.precision).startswith("int8-") for row in model.rows
     )
@@ -187,6 +213,19 @@ def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
         return Shares(held_out, None)
     calibrate, judge = data.split(everything, calib=calib, calib_n=request.calib_n, exclude=_trained_on(model, everything))
     return Shares(judge, calibrate)
+
+
+def _needs_class_order(model: _Model, samples: Samples) -> None:
+    """Raises InputError for class folders and a graph that names no classes: the order of its outputs is never guessed."""
+    bare = model.shop is None or model.shop.spec.kind == "onnx"
+    if bare and samples.labels is not None and isinstance(samples.reader, ImageReader):
+        names = samples.classes or ()
+        shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+        raise InputError(
+            f"{samples.spec} has a sub-folder a class ({shown}), and nothing says in which order the model's outputs are",
+            f"add --classes FILE, one class name a line in the model's order; where that is the alphabetical one: "
+            f"ls {samples.spec} > classes.txt",
+        )
 
 
 def _preprocess(model: _Model, text: str | None) -> Preprocess | None:
@@ -261,15 +300,28 @@ def _build(model: _Model, samples: Shares, request: DataRequest, rows: RowsReque
         assert samples.calibrate is not None
         return prepare.calibrate(shop, samples.calibrate, request)
 
+    wanted: dict[tuple[str, str, str, str], tuple[PlannedRow, Artifact]] = {}
     for row in model.rows:
-        if row.skip or row.engine_key in model.built:
+        if row.skip or row.engine_key in model.built or row.engine_key in wanted:
             continue
         try:
-            graph = prepare.graph_for(shop, _graph_kind(row, shop), table)
-            usable = tuple(sorted({r.batch for r in model.rows if r.engine_key == row.engine_key and not r.skip}))
-            model.built[row.engine_key] = prepare.engine(shop, row.backend, row.precision, row.target, usable, rows.shapes, graph)
+            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table))
+        except (DataError, OutOfSpace, StaleCalibration):
+            raise  # the user's to mend, and no row's own
         except DeploykitError as exc:
             model.built[row.engine_key] = exc
+
+    def make(row: PlannedRow, graph: Artifact) -> Artifact | DeploykitError:
+        usable = tuple(sorted({r.batch for r in model.rows if r.engine_key == row.engine_key and not r.skip}))
+        try:
+            return prepare.engine(shop, row.backend, row.precision, row.target, usable, rows.shapes, graph)
+        except OutOfSpace:
+            raise
+        except DeploykitError as exc:
+            return exc
+
+    made = side_by_side([functools.partial(make, row, graph) for row, graph in wanted.values()])
+    model.built.update(zip(wanted, made, strict=True))
 
 
 def _graph_kind(row: PlannedRow, shop: Workshop) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact, sha256_of
-from deploykit.children import Child
+from deploykit.children import Child, side_by_side
 from deploykit.drift import Drift
 from deploykit.errors import BackendFailed, DeploykitError
 from deploykit.measurement import Measurement
@@ -31,7 +32,9 @@ from deploykit.store import Key, Store
 
 POOL_SIZE = 4
 ACCURACY_BATCH_LIMIT = 32
-OPEN_AT_ONCE = 4
+MANY_SAMPLES = 1000  # from here on accuracy is measured at ACCURACY_BATCH or more, where the batch is free
+ACCURACY_BATCH = 8
+OPEN_AT_ONCE = 8
 INFER_TIMEOUT_S = 600.0
 
 
@@ -153,18 +156,28 @@ def _accuracy(
             engines.setdefault(engine_id(entry.row), entry)
     reference = next(e for e in engines.values() if e.row.reference)
     batch = reference.row.batch
+    if reference.engine.signature.fixed_batch is None and len(judge) > MANY_SAMPLES:
+        batch = max(batch, ACCURACY_BATCH)
     others = [e for e in engines.values() if not e.row.reference]
     found: dict[str, Drift | DeploykitError] = {}
     for start in range(0, max(1, len(others)), OPEN_AT_ONCE):
         part = others[start : start + OPEN_AT_ONCE]
         with contextlib.ExitStack() as stack:
-            base = _open(stack, reference, batch, rows, threads)
+            opened = side_by_side(
+                [
+                    functools.partial(_try_open, stack.enter_context(_child(e, threads)), e, batch, rows, threads)
+                    for e in (reference, *part)
+                ]
+            )
+            base = opened[0]
+            if isinstance(base, DeploykitError):
+                raise base
             calls: dict[str, accuracy.InferFn] = {}
-            for entry in part:
-                try:
-                    calls[engine_id(entry.row)] = _open(stack, entry, batch, rows, threads)
-                except DeploykitError as exc:
-                    found[engine_id(entry.row)] = exc
+            for entry, call in zip(part, opened[1:], strict=True):
+                if isinstance(call, DeploykitError):
+                    found[engine_id(entry.row)] = call
+                else:
+                    calls[engine_id(entry.row)] = call
 
             def tell(what: str, share: float, start: int = start) -> None:
                 narrator.progress(what, (start + share * OPEN_AT_ONCE) / max(len(others), OPEN_AT_ONCE))
@@ -176,9 +189,15 @@ def _accuracy(
     return found
 
 
-def _open(stack: contextlib.ExitStack, entry: Entry, batch: int, rows: RowsRequest, threads: int) -> accuracy.InferFn:
+def _try_open(child: Child, entry: Entry, batch: int, rows: RowsRequest, threads: int) -> accuracy.InferFn | DeploykitError:
+    try:
+        return _open(child, entry, batch, rows, threads)
+    except DeploykitError as exc:
+        return exc
+
+
+def _open(child: Child, entry: Entry, batch: int, rows: RowsRequest, threads: int) -> accuracy.InferFn:
     """A call that infers one batch in a child process of its own; the child rests (SIGSTOP) in between."""
-    child = stack.enter_context(_child(entry, threads))
     child.call(
         hosted.open_engine, entry.row.backend, entry.engine.path, entry.request(batch, rows, threads), timeout_s=INFER_TIMEOUT_S
     )

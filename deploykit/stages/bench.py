@@ -7,6 +7,7 @@ a fair one. The launch is the unit of replication: identical processes differ by
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import hosted
-from deploykit.children import BugInChild, Child
+from deploykit.children import BugInChild, Child, side_by_side
 from deploykit.errors import BackendFailed, DeploykitError, InputError, UnknownName
 from deploykit.measurement import MIN_RUNS, Measurement, Window
 from deploykit.session import OpenRequest
@@ -158,14 +159,16 @@ def _launch(
 ) -> None:
     """One launch of one part: opens the children, measures them in turns, closes them."""
     running: list[_Running] = []
+    started: list[Child] = []
     try:
-        for row in rows:
-            try:
-                running.append(_open(row, pools))
-            except DeploykitError as exc:
-                collected[row.id].error = exc
-            except BugInChild as exc:
-                collected[row.id].error = BackendFailed(f"{row.id}: {str(exc).strip().splitlines()[-1]}")
+        # started here, not in the pool's threads: a child dies with the thread that started it
+        started.extend(Child(row.id, threads=row.request.threads) for row in rows)
+        opened = side_by_side([functools.partial(_try_open, row, child, pools) for row, child in zip(rows, started, strict=True)])
+        for row, item in zip(rows, opened, strict=True):
+            if isinstance(item, DeploykitError):
+                collected[row.id].error = item
+            else:
+                running.append(item)
         _take_turns(running, span, rng, collected)
         for item in running:
             state = collected[item.target.id]
@@ -173,20 +176,23 @@ def _launch(
                 state.launches.append(tuple(item.windows))
                 state.last = item
     finally:
-        for item in running:
-            item.child.kill()
-            item.child.close()
+        for child in started:
+            child.kill()
+            child.close()
 
 
-def _open(row: Target, pools: Mapping[int, list[Feeds]]) -> _Running:
-    child = Child(row.id, threads=row.request.threads)
+def _try_open(row: Target, child: Child, pools: Mapping[int, list[Feeds]]) -> _Running | DeploykitError:
     try:
-        opened = child.call(hosted.open_engine, row.backend, row.engine, row.request, timeout_s=OPEN_TIMEOUT_S)
-        warmup_s = child.call(hosted.bind_inputs, pools[row.request.batch], timeout_s=OPEN_TIMEOUT_S)
-    except BaseException:
-        child.kill()
-        child.close()
-        raise
+        return _open(row, child, pools)
+    except DeploykitError as exc:
+        return exc
+    except BugInChild as exc:
+        return BackendFailed(f"{row.id}: {str(exc).strip().splitlines()[-1]}")
+
+
+def _open(row: Target, child: Child, pools: Mapping[int, list[Feeds]]) -> _Running:
+    opened = child.call(hosted.open_engine, row.backend, row.engine, row.request, timeout_s=OPEN_TIMEOUT_S)
+    warmup_s = child.call(hosted.bind_inputs, pools[row.request.batch], timeout_s=OPEN_TIMEOUT_S)
     child.pause()
     return _Running(row, child, opened, warmup_s)
 
