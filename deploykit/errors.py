@@ -9,6 +9,7 @@
     │   └── OutOfSpace                the disk is full
     ├── ChecksFailed          exit 1  an error-level finding: no engine could load the graph
     ├── MissingBackend        exit 3  a backend, a package or hardware that is not here
+    │   └── NotForThisGraph           a precision that this graph cannot have: its rows are skipped
     └── BackendFailed         exit 4  a backend was here and failed
         └── ChildDied                 its process was killed (signal, out of memory)
 
@@ -90,6 +91,10 @@ class MissingBackend(DeploykitError):
     """A backend, package or device that this machine does not have."""
 
     exit_code = EXIT_MISSING
+
+
+class NotForThisGraph(MissingBackend):
+    """A precision that the graph cannot be given: nothing in it can be quantized, say."""
 
 
 class BackendFailed(DeploykitError):

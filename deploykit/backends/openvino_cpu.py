@@ -180,13 +180,13 @@ def executed(compiled: Any) -> dict[str, int]:
 
 
 def _really(asked: str, counts: Mapping[str, int]) -> tuple[str, tuple[str, ...]]:
-    """The precision of most convolutions and matrix products, and a note on those that run in another."""
+    """The precision of most convolutions and matrix products (of as many: the one asked for), and a note on the others."""
     named: Counter[str] = Counter()
     for kind, n in counts.items():
         named[_EXECUTED.get(kind, kind)] += n
     if not named:
         return ("fp32" if asked in ("int8", "mixed") else asked), ("no convolution or matrix product in this graph",)
-    most = named.most_common(1)[0][0]
+    most = max(named, key=lambda kind: (named[kind], kind == asked))
     shares = ", ".join(f"{n} in {kind}" for kind, n in named.most_common())
     if asked == "mixed" and len(named) > 1:
         return "mixed", (f"convolutions and matrix products: {shares}",)

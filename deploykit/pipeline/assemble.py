@@ -132,7 +132,7 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
     elif isinstance(drift, DeploykitError):
         notes.append(f"accuracy was not measured: {drift.message}")
     return Row(
-        row.name,
+        _shown_name(row, measured),
         row.backend,
         precision,
         row.batch,
@@ -190,7 +190,7 @@ def drift_documents(models: Sequence[Model], results: Results | None) -> dict[st
         drift = results.drifts.get(engine_id(row))
         measured = results.measured.get(row.id)
         if isinstance(drift, Drift) and isinstance(measured, Measurement):
-            found[_id(row, measured)] = drift.to_json()
+            found[measured_id(row, measured)] = drift.to_json()
     return found
 
 
@@ -202,9 +202,16 @@ def measurement_documents(models: Sequence[Model], results: Results | None) -> d
     for row in (r for m in models for r in m.rows):
         measured = results.measured.get(row.id)
         if isinstance(measured, Measurement):
-            found[_id(row, measured)] = measured.to_json()
+            found[measured_id(row, measured)] = measured.to_json()
     return found
 
 
-def _id(row: PlannedRow, measured: Measurement) -> str:
-    return row_id(Row(row.name, row.backend, measured.precision, row.batch, "ok", device=measured.device))
+def measured_id(row: PlannedRow, measured: Measurement) -> str:
+    """The row id under which the table has that measurement."""
+    return row_id(Row(_shown_name(row, measured), row.backend, measured.precision, row.batch, "ok", device=measured.device))
+
+
+def _shown_name(row: PlannedRow, measured: Measurement) -> str:
+    """The row's name; where another precision ran than was asked for, it says so: the row would else be a second one of
+    the precision that ran, under the same id."""
+    return row.name if measured.precision == row.precision else f"{row.name} ({row.precision} asked)"

@@ -13,10 +13,12 @@ from deploykit import report_document
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.drift import Drift
 from deploykit.errors import InputError
+from deploykit.measurement import Measurement
+from deploykit.pipeline.assemble import measured_id
 from deploykit.pipeline.line import LineResult
 from deploykit.pipeline.measuring import engine_id
 from deploykit.pipeline.request import Narrator
-from deploykit.report_document import Report, row_id
+from deploykit.report_document import Report
 from deploykit.stages import gate as gates
 from deploykit.stages import report as reports
 from deploykit.verdict import Verdict
@@ -82,15 +84,11 @@ def _outcomes(result: LineResult) -> dict[str, Drift]:
     """Per-sample outcomes of every measured row, by row id."""
     if result.results is None:
         return {}
-    drifts = result.results.drifts
-    by_row = {e.row.id: drifts.get(engine_id(e.row)) for e in result.entries}
     found: dict[str, Drift] = {}
     for entry in result.entries:
-        drift = by_row[entry.row.id]
-        for row in result.report.rows:
-            same = (row.name, row.backend, row.batch) == (entry.row.name, entry.row.backend, entry.row.batch)
-            if isinstance(drift, Drift) and same and row.status == "ok" and row.precision == entry.row.precision:
-                found[row_id(row)] = drift
+        drift, measured = result.results.drifts.get(engine_id(entry.row)), result.results.measured.get(entry.row.id)
+        if isinstance(drift, Drift) and isinstance(measured, Measurement):
+            found[measured_id(entry.row, measured)] = drift
     return found
 
 

@@ -20,7 +20,8 @@ from deploykit import artifact as artifacts
 from deploykit import backends, calibration_table, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import InputError
+from deploykit.errors import DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
+from deploykit.observation import INTEGER
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
@@ -64,15 +65,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "precision": ("onnx", "onnxruntime", "numpy"),
 }
 
-QUANTIZED_OPS = {
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-    "DynamicQuantizeLinear",
-}
+QUANTIZED_OPS = INTEGER
 
 
 def stage_version(stage: str, *more: Path) -> str:
@@ -302,8 +295,17 @@ def _digest_of(path: Path) -> str:
 
 
 def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artifact:
-    """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic. Raises InputError when it
-    cannot be made (no data to calibrate with), and what the precision stage raises."""
+    """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic. Raises NotForThisGraph where the
+    model cannot have that precision, and what `table` and the precision stage raise for other reasons."""
+    try:
+        return _graph_for(shop, kind, table)
+    except (DataError, OutOfSpace, StaleCalibration, UnknownName):
+        raise  # the user's to mend: nothing that the graph is at fault for
+    except InputError as exc:
+        raise NotForThisGraph(exc.message, exc.remedy) from exc
+
+
+def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artifact:
     from deploykit.stages import precision
 
     if kind == "source":
