@@ -16,7 +16,7 @@ from deploykit.preprocess import Preprocess
 
 SCHEMA_VERSION = 1
 METHODS = ("minmax", "entropy", "percentile", "mse")
-_REMEDY = "rerun with --recalibrate"
+_REMEDY = "make one for this model and data: deploykit calibrate MODEL --data DATA -o FILE --recalibrate"
 
 
 @dataclass(frozen=True)

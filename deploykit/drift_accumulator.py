@@ -23,11 +23,19 @@ _SUMS_TO_ONE = 1e-3
 class DriftAccumulator:
     """Adds up batches of reference and candidate outputs; `drift` when all n samples are in.
 
-    labels: int64 [n], or None. The judged output is the first floating-point one of shape [batch, classes >= 2].
+    labels: int64 [n], or None; numbers: what messages call each sample (its number in the data), by default its position.
+    The judged output is the first floating-point one of shape [batch, classes >= 2].
     """
 
     def __init__(
-        self, signature: Signature, n: int, labels: NDArray[np.int64] | None = None, *, samples: str = "", own: bool = False
+        self,
+        signature: Signature,
+        n: int,
+        labels: NDArray[np.int64] | None = None,
+        *,
+        samples: str = "",
+        own: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         if n < 1:
             raise DataError("there are no samples to compare outputs on", "give --data with at least one sample")
@@ -35,6 +43,7 @@ class DriftAccumulator:
             raise DataError(f"{labels.shape} labels for {n} samples")
         self.classes: int | None = None
         self._signature, self._n, self._labels, self._digest, self._own = signature, n, labels, samples, own
+        self._numbers = range(n) if numbers is None else numbers
         self._at = 0
         self._sums: dict[str, _Sums] = {}
         self._judged: _Judged | None = None
@@ -83,7 +92,7 @@ class DriftAccumulator:
         bad = np.flatnonzero((self._labels < 0) | (self._labels >= classes))
         if len(bad):
             raise DataError(
-                f"label {int(self._labels[bad[0]])} of sample {int(bad[0])} is outside the model's {classes} classes "
+                f"label {int(self._labels[bad[0]])} of sample {self._numbers[int(bad[0])]} is outside the model's {classes} classes "
                 f"(output '{name}'); {len(bad)} such label(s)",
                 f"labels go from 0 to {classes - 1}; name the classes in the model's order with --classes",
             )
@@ -97,7 +106,7 @@ class DriftAccumulator:
         count = place.stop - place.start
         if axis is None:  # one value for the whole batch: counted with its first sample
             place = slice(place.start, place.start + 1)
-        sums = self._sums.setdefault(name, _Sums(self._n))
+        sums = self._sums.setdefault(name, _Sums(self._n, self._numbers))
         sums.add(name, _rows(r, axis, count), _rows(c, axis, count), place)
 
     def _batch_axis(self, name: str, array: NDArray[Any], fed: int) -> int | None:
@@ -135,14 +144,15 @@ class DriftAccumulator:
 class _Sums:
     """Error sums of one output, a figure a sample."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, numbers: Sequence[int]) -> None:
         self.elements = 0
+        self.numbers = numbers
         self.signal, self.noise, self.dot, self.energy, self.max_abs = (np.zeros(n) for _ in range(5))
         self.bad = np.zeros(n, dtype=np.bool_)
 
     def add(self, name: str, r: Floats, c: Floats, place: slice) -> None:
         if np.isnan(r).any():
-            sample = place.start + int(np.flatnonzero(np.isnan(r).any(axis=1))[0])
+            sample = self.numbers[place.start + int(np.flatnonzero(np.isnan(r).any(axis=1))[0])]
             raise ModelError(
                 f"the reference itself gives NaN in output '{name}', first for sample {sample}",
                 "look at the model and at that sample; nothing can be held against NaN",

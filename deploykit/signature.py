@@ -88,7 +88,8 @@ class Signature:
     def shapes(self, batch: int, ranges: Mapping[str, ShapeRange] | None = None) -> dict[str, tuple[int, ...]]:
         """Concrete input shapes at `batch`, other dynamic axes taken from the `opt` of `ranges`.
 
-        Raises InputError for a batch that the graph cannot take and for a dynamic axis without a range.
+        Raises InputError for a batch that the graph cannot take, a range that its fixed axes contradict, and a dynamic axis
+        without a range.
         """
         if self.fixed_batch is not None and batch != self.fixed_batch:
             raise InputError(
@@ -106,6 +107,10 @@ class Signature:
             sizes = []
             for axis, dim in enumerate(spec.shape):
                 if isinstance(dim, int):
+                    if known is not None and axis != self.batch_axis(spec) and (known.min[axis], known.max[axis]) != (dim, dim):
+                        raise InputError(
+                            f"--shapes of input '{spec.name}': axis {axis} is always {dim} in the model", f"it is {spec}"
+                        )
                     sizes.append(dim)
                 elif dim == self.batch_symbol:
                     sizes.append(batch)

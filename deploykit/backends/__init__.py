@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from deploykit.backends import absent
 from deploykit.errors import UnknownName
 from deploykit.session import Backend
 
@@ -19,13 +20,20 @@ MODULES = {
 
 
 def get(name: str) -> Backend:
-    """The backend of that name. Raises UnknownName."""
+    """The backend of that name, absent ones too. Raises UnknownName."""
+    if name in absent.BACKENDS:
+        return absent.BACKENDS[name]
     if name not in MODULES:
-        raise UnknownName("backend", name, MODULES)
+        raise UnknownName("backend", name, [*MODULES, *absent.BACKENDS])
     backend: Backend = importlib.import_module(f"deploykit.backends.{MODULES[name]}").BACKEND
     return backend
 
 
 def names() -> tuple[str, ...]:
-    """Every backend's name, in the order of the table's rows."""
+    """Every backend that this version has, in the order of the table's rows."""
     return tuple(MODULES)
+
+
+def absent_names() -> tuple[str, ...]:
+    """The backends known by name that this version does not have."""
+    return tuple(absent.BACKENDS)

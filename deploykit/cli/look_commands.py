@@ -145,6 +145,7 @@ def predict(
     """
     from deploykit.pipeline import predicting
 
+    parsing.positive(top, "--top")
     found = predicting.predict(engine, image, preprocess, classes, top)
     if json_file is not None:
         show_json(found, json_file)

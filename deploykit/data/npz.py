@@ -90,6 +90,9 @@ def _arrays(path: str, signature: Signature, _stamp: int) -> Outputs:
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
+        with path.open("rb") as stream:
+            if stream.read(2) not in (b"PK", b"\x93N"):  # numpy takes whatever is neither .npz nor .npy for a pickle
+                raise DataError(f"{path} is no .npz file", "write it with numpy.savez(path, INPUT=array)")
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise DataError(f"{path} holds one array, not several by name", "write it with numpy.savez(path, INPUT=array)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,14 +30,12 @@ OUTCOMES = "outcomes"
 
 
 def check_folder(out: Path) -> None:
-    """Raises InputError when `out` cannot be a run's folder, before anything is spent on the run."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", "choose a folder with -o")
+    """Raises InputError when `out` cannot be a run's folder, before anything is spent on the run; makes nothing."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"{there if there != out.absolute() else out} is a file", "choose a folder with -o")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as exc:
         raise InputError(f"cannot write to {out}: {exc.strerror}", "choose another folder with -o") from exc
 

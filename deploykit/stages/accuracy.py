@@ -40,10 +40,12 @@ def measure(
         raise InputError(f"a batch of {batch} is none", "use a batch of at least 1")
     tell = children.report_progress if progress is None else progress
     labels = samples.label_array()
-    own = DriftAccumulator(samples.signature, len(samples), labels, samples=samples.digest, own=True)
-    open_: dict[str, DriftAccumulator] = {
-        name: DriftAccumulator(samples.signature, len(samples), labels, samples=samples.digest) for name in candidates
-    }
+
+    def accumulator(*, own: bool = False) -> DriftAccumulator:
+        return DriftAccumulator(samples.signature, len(samples), labels, samples=samples.digest, own=own, numbers=samples.indices)
+
+    own = accumulator(own=True)
+    open_ = {name: accumulator() for name in candidates}
     failed: dict[str, DeploykitError] = {}
     done = 0
     for feeds, count in samples.batches(batch, pad=True):

@@ -1,0 +1,99 @@
+"""Bad input through the command line: one message with the remedy, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from deploykit.cli.main import run
+
+QUICK = ["--backend", "onnxruntime", "--precision", "fp32", "--batch", "1", "--duration", "smoke", "--threads", "1"]
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """A command's exit code and what it said on standard error, run in a folder with m.onnx in it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_models.conv_net(tmp_path / "m.onnx")
+
+    def call(*arguments: str) -> tuple[int, str]:
+        code = run(list(arguments))
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def _samples(path: Path, **arrays: object) -> None:
+    x = np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32)
+    np.savez(path, **({"x": x} | arrays))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "entrpy"], "did you mean 'entropy'"),
+        (["--duration", "quik"], "did you mean 'quick'"),
+        (["--calib", "nowhere.json"], "nowhere.json"),
+        (["--calib", "cut.json"], "not a calibration table"),
+        (["--data", "text.npz"], "is no .npz file"),
+        (["--shapes", "x=1x3x9x9"], "axis 2 is always 8"),
+    ],
+)
+def test_refused_before_anything_is_made(options: list[str], said: str, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text('{"calibration_version": 1, "tensors": {')
+    (tmp_path / "text.npz").write_text("x,y\n1,2\n")
+    code, err = cli("run", "m.onnx", "-o", "out", *QUICK, *options)
+    assert (code, said in err) == (2, True), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_another_model_ends_the_run(cli: Cli, tmp_path: Path) -> None:
+    tiny_models.conv_net(tmp_path / "other.onnx", seed=5)
+    assert cli("calibrate", "other.onnx", "--data", "random:4", "-o", "c.json")[0] == 0
+    code, err = cli("run", "m.onnx", "-o", "out", "--calib", "c.json", *QUICK[:2], "--precision", "int8", *QUICK[4:])
+    assert code == 2, err
+    assert "was made for model" in err
+    assert "--recalibrate" in err
+
+
+def test_class_folders_of_a_bare_graph_need_the_order_of_its_classes(cli: Cli, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (i, 2, 3)).save(tmp_path / "data" / name / f"{i}.png")
+    options = [*QUICK, "--data", "data", "--preprocess", "none"]
+    code, err = cli("bench", "m.onnx", *options)
+    assert code == 2
+    assert "--classes" in err
+    (tmp_path / "classes.txt").write_text("dog\ncat\nbird\nfish\n")
+    assert cli("bench", "m.onnx", *options, "--classes", "classes.txt", "--json", "report.json")[0] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["top1"] is not None
+
+
+def test_the_sample_at_fault_is_named_by_its_number_in_the_data(cli: Cli, tmp_path: Path) -> None:
+    x = np.zeros((12, 3, 8, 8), dtype=np.float32)
+    x[7, 0, 0, 0] = np.inf
+    _samples(tmp_path / "d.npz", x=x)
+    code, err = cli("bench", "m.onnx", *QUICK, "--data", "d.npz")
+    assert code == 2
+    assert "first for sample 7" in err
+
+
+@pytest.mark.parametrize("name", ["executorch", "tvm"])
+def test_a_backend_this_version_lacks_is_a_skipped_row(name: str, cli: Cli, tmp_path: Path) -> None:
+    options = ["--backend", f"onnxruntime,{name}", *QUICK[2:]]
+    assert cli("bench", "m.onnx", *options, "--json", "report.json")[0] == 3
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["onnxruntime"]["status"] == "ok"
+    assert rows[name]["status"] == "skipped"
+    assert "not in this version" in rows[name]["reason"]
+    code, err = cli("build", "m.onnx", "--backend", name, "-o", "engines-x")
+    assert (code, "not in this version" in err) == (3, True)
