@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,18 @@ class Activations:
 
 
 def open_model(
-    model: onnx.ModelProto, name: str, tensors: Sequence[str], samples: Samples, *, batch: int, threads: int
+    model: onnx.ModelProto,
+    name: str,
+    tensors: Sequence[str],
+    samples: Samples,
+    *,
+    batch: int,
+    threads: int,
+    entries: Mapping[str, str] | None = None,
 ) -> Activations:
     """`model` open in ONNX Runtime with `tensors` as its outputs (changes the model in place). Tensors that turn out not to
-    be floats are left out; `batch` is lowered to what MOST_BYTES allows. `name` stands for the model in messages.
+    be floats are left out; `batch` is lowered to what MOST_BYTES allows. `name` stands for the model in messages; `entries`
+    are ONNX Runtime's session settings.
 
     Raises MissingBackend without ONNX Runtime, ModelError where it cannot open the model, BackendFailed where the model
     fails on the first sample.
@@ -89,7 +97,7 @@ def open_model(
     if inner:
         del model.graph.output[:]
         model.graph.output.extend(_output(tensor) for tensor in inner)
-    session = _session(model, name, threads)
+    session = _session(model, name, threads, entries or {})
     return _probed(Activations(session, signature, {t: Layout(None, 0) for t in tensors}, batch), samples)
 
 
@@ -99,7 +107,7 @@ def _output(name: str) -> onnx.ValueInfoProto:
     return onnx.ValueInfoProto(name=name)  # ONNX Runtime finds type and shape itself
 
 
-def _session(model: onnx.ModelProto, name: str, threads: int) -> Any:
+def _session(model: onnx.ModelProto, name: str, threads: int, entries: Mapping[str, str]) -> Any:
     if not has_module("onnxruntime"):
         raise MissingBackend(
             "inner tensors are read through ONNX Runtime, which is not installed", "pip install 'deploykit[cpu]'"
@@ -109,6 +117,8 @@ def _session(model: onnx.ModelProto, name: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="deploykit-activations-") as folder:
         file = Path(folder) / "observed.onnx"
         graph.save(model, file)

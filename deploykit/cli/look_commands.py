@@ -50,12 +50,20 @@ def compare(
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Rank the tensors that both graphs have by their SQNR.")] = False,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Rank the layers of two .onnx graphs by what they lost, and say why.")
+    ] = False,
+    alone: Annotated[
+        str, typer.Option("--alone", help="How many layers to measure with no other quantized: a number, or 'all'.")
+    ] = "10",
+    html: Annotated[Path | None, typer.Option("--html", help="Plot the layers in this HTML file.")] = None,
     json_file: o.JsonFile = None,
 ) -> int:
-    """Drift between two models or engines, per output and per sample.
+    """Drift between two models or engines, per output and per sample; with --per-layer, where it was lost.
 
-    Example:  deploykit compare model.onnx model-int8.onnx --data images/
+    own_db is the SQNR of the model's output with that layer alone quantized.
+
+    Example:  deploykit compare model.onnx model-int8.onnx --data images/ --per-layer
     """
     from deploykit.errors import InputError
     from deploykit.pipeline import comparing
@@ -71,6 +79,8 @@ def compare(
             parsing.shapes(shapes),
             bar,
             per_layer=per_layer,
+            most_alone=parsing.count_or_all(alone, "--alone"),
+            page=html,
         )
     if json_file is not None:
         show_json(found.to_json(), json_file)
@@ -78,7 +88,9 @@ def compare(
         for line in found.lines():
             say(line)
         if per_layer:
-            show_rows("", ["tensor", "sqnr_db", "max_abs", "after"], found.layer_rows(), wrap=0)
+            show_rows("", ["layer", "operator", "sqnr_db", "own_db", "why"], found.layer_rows(), wrap=4)
+            for note in found.layer_notes:
+                say(f"note: {note}")
     return EXIT_PASSED
 
 

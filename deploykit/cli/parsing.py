@@ -67,3 +67,12 @@ def positive(value: int | None, option: str) -> int | None:
     if value is not None and value < 1:
         raise InputError(f"{option} {value} must be at least 1")
     return value
+
+
+def count_or_all(text: str, option: str) -> int | None:
+    """A whole number of at least 0; None for 'all'."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise InputError(f"{option} '{text}' is neither a whole number nor 'all'", f"example: {option} 10")
+    return int(text)

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit import data, preprocess
+from deploykit import children, data, preprocess
+from deploykit.artifact import write_atomically
 from deploykit.drift import Drift
 from deploykit.errors import DeploykitError, InputError
-from deploykit.pipeline.predicting import Runner
+from deploykit.pipeline.predicting import Runner, opened_as
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.preprocess import Preprocess
 from deploykit.signature import ShapeRange
-from deploykit.stages import accuracy
+from deploykit.stages import accuracy, layers
+from deploykit.stages.layers import LayerDrift
+from deploykit.stages.report import layers_page
 
 BATCH = 8
+LAYERS_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,28 @@ class Comparison:
     candidate: str
     n: int
     drift: Drift
-    layers: tuple[Mapping[str, Any], ...] = ()
+    layers: tuple[LayerDrift, ...] = ()
+    layer_notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         doc = {"reference": self.reference, "candidate": self.candidate, "n": self.n, "drift": self.drift.to_json()}
-        return {**doc, "layers": [dict(layer) for layer in self.layers]}
+        return {**doc, "layers": [layer.to_json() for layer in self.layers], "layer_notes": list(self.layer_notes)}
 
     def lines(self) -> list[str]:
         """The comparison in words."""
         return [f"{self.candidate} against {self.reference}, {self.n} samples", *self.drift.lines()]
 
     def layer_rows(self) -> list[list[str]]:
-        """tensor, SQNR, max abs, operator; worst first."""
-        return [[str(x["tensor"]), f"{x['sqnr_db']:.1f}", f"{x['max_abs']:.3g}", str(x["op"])] for x in self.layers]
+        """layer, operator, SQNR of its result, SQNR of the model's output with it alone quantized, why; worst first."""
+        return [
+            [x.layer, x.op, _db(x.sqnr_db, x.identical), _db(x.own_sqnr_db, False), "; ".join(r.text for r in x.reasons)]
+            for x in self.layers
+        ]
+
+
+def _db(value: float | None, identical: bool) -> str:
+    return "same" if identical else "-" if value is None else f"{value:.1f}"
 
 
 def compare(
@@ -51,13 +63,17 @@ def compare(
     narrator: Narrator,
     *,
     per_layer: bool = False,
+    most_alone: int | None = layers.ALONE,
+    page: Path | None = None,
 ) -> Comparison:
-    """The candidate's drift from the reference, the same samples through both, batch by batch.
+    """The candidate's drift from the reference, the same samples through both, batch by batch; with `per_layer` (both are
+    .onnx graphs then) layer by layer too, `most_alone` of them quantized alone, plotted in the HTML file `page`.
 
     Raises InputError for files and data that do not fit, BackendFailed where an engine fails.
     """
-    if per_layer:
-        raise InputError("--per-layer is not in this version of deploykit", "leave it out; the outputs are compared")
+    graphs = [_graph(path) for path in (reference, candidate)] if per_layer else []
+    if page is not None and not per_layer:
+        raise InputError("--html plots the layers", "add --per-layer")
     assert request.data is not None
     narrator.step(f"compare {candidate.name} with {reference.name}")
     with Runner(reference, BATCH) as base, Runner(candidate, BATCH) as other:
@@ -74,4 +90,24 @@ def compare(
     drift = found["candidate"]
     if isinstance(drift, DeploykitError):
         raise drift
-    return Comparison(str(reference), str(candidate), len(samples), drift)
+    if not per_layer:
+        return Comparison(str(reference), str(candidate), len(samples), drift)
+    narrator.step("layer by layer")
+    where = children.run(
+        "layers", layers.find, *graphs, samples, BATCH, None, most_alone, progress=narrator.progress, timeout_s=LAYERS_TIMEOUT_S
+    )
+    made = Comparison(str(reference), str(candidate), len(samples), drift, where.layers, where.notes)
+    if page is not None:
+        write_atomically(page, layers_page.text(made.to_json(), made.lines()).encode())
+    return made
+
+
+def _graph(path: Path) -> Path:
+    """The .onnx file at `path`, or that of the engine there. Raises InputError for an engine of another format."""
+    found = opened_as(path)[1].path
+    if found.suffix != ".onnx":
+        raise InputError(
+            f"{path} is no .onnx graph, and layers are compared in graphs only",
+            "give the .onnx file that the engine was built from",
+        )
+    return found
