@@ -56,12 +56,17 @@ class Signature:
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch a model without a batch symbol runs at: axis 0 of its first input; None when the batch is free."""
+        """The batch a model without a batch symbol runs at: axis 0 of its first input; None when the batch is free.
+
+        An input of rank 3 or less whose axis 0 no output shares has no batch (a picture as [3, h, w]): one item a run.
+        """
         if self.batch_symbol is not None:
             return None
         for spec in self.inputs:
             if spec.shape and isinstance(spec.shape[0], int):
-                return spec.shape[0]
+                size = spec.shape[0]
+                shared = not self.outputs or any(o.shape and o.shape[0] in (size, *_symbols(o)) for o in self.outputs)
+                return size if len(spec.shape) > 3 or shared else 1
         return 1
 
     def input(self, name: str) -> TensorSpec:
@@ -83,7 +88,7 @@ class Signature:
 
     def free_axes(self, spec: TensorSpec) -> tuple[str, ...]:
         """The symbols of `spec` other than the batch's."""
-        return tuple(d for d in spec.shape if isinstance(d, str) and d != self.batch_symbol)
+        return tuple(d for d in _symbols(spec) if d != self.batch_symbol)
 
     def shapes(self, batch: int, ranges: Mapping[str, ShapeRange] | None = None) -> dict[str, tuple[int, ...]]:
         """Concrete input shapes at `batch`, other dynamic axes taken from the `opt` of `ranges`.
@@ -168,6 +173,10 @@ class Signature:
             return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
 
         return cls(specs(doc["inputs"]), specs(doc["outputs"]), doc.get("batch_symbol"))
+
+
+def _symbols(spec: TensorSpec) -> tuple[str, ...]:
+    return tuple(d for d in spec.shape if isinstance(d, str))
 
 
 def _find_batch_symbol(inputs: tuple[TensorSpec, ...]) -> str | None:

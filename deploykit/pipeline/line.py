@@ -208,7 +208,7 @@ def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
     needs_calibration = any(
         not row.skip and backends.get(row.backend).graph(row.precision).startswith("int8-") for row in model.rows
     )
-    if not needs_calibration and calib is None:
+    if calib is None and (not needs_calibration or len(everything) == 1):
         held_out = data.held_out(everything, exclude=_trained_on(model, everything))
         return Shares(held_out, None)
     calibrate, judge = data.split(everything, calib=calib, calib_n=request.calib_n, exclude=_trained_on(model, everything))
@@ -292,9 +292,8 @@ def _build(model: _Model, samples: Shares, request: DataRequest, rows: RowsReque
 
     def table() -> Artifact:
         if request.calib_table is None and samples.calibrate is None:
-            raise MissingBackend(
-                "INT8 needs samples to calibrate with, and no data was given", "add --data DATA, or --calib FILE"
-            )
+            had = "no data was given" if samples.judge is None else "the only sample there is judges"
+            raise MissingBackend(f"INT8 needs samples to calibrate with, and {had}", "give more with --data, or --calib FILE")
         if request.calib_table is not None:
             return prepare.given_table(shop, request.calib_table)
         assert samples.calibrate is not None
