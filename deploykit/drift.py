@@ -27,7 +27,8 @@ class OutputError:
     """One output's error sums over all samples whose outputs are finite, in float64.
 
     signal = sum r^2, noise = sum (r - c)^2, for reference r and candidate c; cosine: mean over samples of
-    r.c / (|r| |c|), None where one of them is zero throughout; worst_sample: position of the largest error.
+    r.c / (|r| |c|), None where one of them is zero throughout; worst_sample: position of the largest error; exact: integers or
+    booleans, classes and indices mostly, of which an error in dB says little.
     """
 
     name: str
@@ -38,6 +39,7 @@ class OutputError:
     max_abs: float
     worst_sample: int
     nonfinite: int
+    exact: bool = False
 
     @property
     def identical(self) -> bool:
@@ -91,11 +93,11 @@ class Drift:
 
     @property
     def main(self) -> OutputError | None:
-        """The output the figures are of: the judged one, else the one with the lowest SQNR."""
+        """The output the figures are of: the judged one, else the one with the lowest SQNR, floats before integers."""
         for output in self.outputs:
             if output.name == self.judged:
                 return output
-        return min(self.outputs, key=_badness, default=None)
+        return min(self.outputs, key=lambda output: (output.exact, _badness(output)), default=None)
 
     @property
     def top1(self) -> float | None:
@@ -234,7 +236,9 @@ class Drift:
     def from_json(cls, doc: Mapping[str, Any]) -> Drift:
         """The drift that `to_json` wrote, without per-sample arrays. Raises DataError for another document."""
         try:
-            outputs = tuple(OutputError(**{f.name: o[f.name] for f in fields(OutputError)}) for o in doc["outputs"])
+            outputs = tuple(
+                OutputError(**{f.name: o[f.name] for f in fields(OutputError) if f.name in o}) for o in doc["outputs"]
+            )
             top1, top5 = (None if doc[name] is None else Paired.from_json(doc[name]) for name in ("top1_table", "top5_table"))
             return cls(
                 int(doc["n"]),

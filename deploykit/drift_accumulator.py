@@ -46,11 +46,13 @@ class DriftAccumulator:
         self._numbers = range(n) if numbers is None else numbers
         self._at = 0
         self._sums: dict[str, _Sums] = {}
+        self._apart: dict[str, str] = {}  # outputs that cannot be compared, and why
         self._judged: _Judged | None = None
 
     def add(self, reference: Arrays, candidate: Arrays, count: int, fed: int | None = None) -> None:
         """Takes the next `count` samples; the outputs may be of `fed` samples, of which the first `count` are real.
 
+        An output whose size depends on the values is left out, with a remark, once the two differ in it.
         Raises BackendFailed when the candidate's outputs have other names or shapes, ModelError for NaN in the
         reference's, DataError for a label that the judged output has no class for.
         """
@@ -98,6 +100,12 @@ class DriftAccumulator:
             )
 
     def _add_output(self, name: str, r: NDArray[Any], c: NDArray[Any], place: slice, fed: int) -> None:
+        if name in self._apart:
+            return
+        if r.shape != c.shape and r.ndim == c.ndim and self._varies(name):
+            self._apart[name] = f"output '{name}' was not compared: its size depends on the values ({c.shape} for {r.shape})"
+            self._sums.pop(name, None)
+            return
         if r.shape != c.shape:
             raise BackendFailed(f"output '{name}' has shape {c.shape}, the reference's {r.shape}")
         if r.dtype.kind in "OSUM" or c.dtype.kind in "OSUM":
@@ -107,7 +115,14 @@ class DriftAccumulator:
         if axis is None:  # one value for the whole batch: counted with its first sample
             place = slice(place.start, place.start + 1)
         sums = self._sums.setdefault(name, _Sums(self._n, self._numbers))
+        sums.exact = r.dtype.kind in "iub"
         sums.add(name, _rows(r, axis, count), _rows(c, axis, count), place)
+
+    def _varies(self, name: str) -> bool:
+        """Whether the graph leaves the size of that output open (NonMaxSuppression, NonZero), and no classes are in it."""
+        specs = {spec.name: spec for spec in self._signature.outputs}
+        judged = self._judged is not None and self._judged.name == name
+        return name in specs and bool(self._signature.free_axes(specs[name])) and not judged
 
     def _batch_axis(self, name: str, array: NDArray[Any], fed: int) -> int | None:
         for spec in self._signature.outputs:
@@ -125,7 +140,7 @@ class DriftAccumulator:
         for sums in self._sums.values():
             bad |= sums.bad
         outputs = tuple(sums.error(name) for name, sums in self._sums.items())
-        remarks = list(remarks)
+        remarks = [*remarks, *self._apart.values()]
         judged = self._judged
         if judged is None and self._labels is not None:
             remarks.append("labels were not used: no output has the shape [batch, classes]")
@@ -149,6 +164,7 @@ class _Sums:
         self.numbers = numbers
         self.signal, self.noise, self.dot, self.energy, self.max_abs = (np.zeros(n) for _ in range(5))
         self.bad = np.zeros(n, dtype=np.bool_)
+        self.exact = False
 
     def add(self, name: str, r: Floats, c: Floats, place: slice) -> None:
         if np.isnan(r).any():
@@ -184,6 +200,7 @@ class _Sums:
             float(self.max_abs.max()),
             worst,
             int(self.bad.sum()),
+            self.exact,
         )
 
 

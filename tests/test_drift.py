@@ -177,10 +177,32 @@ def test_without_classes_the_worst_output_speaks() -> None:
     assert drift.top1 is None
     assert any("labels were not used" in note for note in drift.notes)
     assert drift.main is not None
-    assert drift.main.name == "n"
-    assert drift.main.max_abs == 2
+    assert drift.main.name == "boxes"  # an error of indices or counts in dB says little
+    assert next(o for o in drift.outputs if o.name == "n").max_abs == 2
     assert next(o for o in drift.outputs if o.name == "s").identical
-    assert next(o for o in drift.outputs if o.name == "boxes").sqnr_db == pytest.approx(60, abs=0.01)
+    assert drift.main.sqnr_db == pytest.approx(60, abs=0.01)
+
+
+def test_an_output_whose_size_depends_on_the_values_is_left_out_and_the_others_count() -> None:
+    signature = Signature(
+        (TensorSpec("x", "float32", ("batch", 3)),),
+        (TensorSpec("boxes", "float32", ("batch", 4)), TensorSpec("chosen", "int64", ("found", 3))),
+    )
+    boxes = np.ones((2, 4), dtype=np.float32)
+    accumulator = DriftAccumulator(signature, 4)
+    for found in (6, 2):
+        accumulator.add(
+            {"boxes": boxes, "chosen": np.zeros((6, 3), dtype=np.int64)},
+            {"boxes": boxes, "chosen": np.zeros((found, 3), dtype=np.int64)},
+            2,
+        )
+    drift = accumulator.drift()
+    assert [o.name for o in drift.outputs] == ["boxes"]
+    assert any("'chosen' was not compared" in note for note in drift.notes)
+    with pytest.raises(BackendFailed, match="shape"):  # the batch is no such size
+        DriftAccumulator(signature, 2).add(
+            {"boxes": boxes, "chosen": np.zeros((1, 3))}, {"boxes": boxes[:1], "chosen": np.zeros((1, 3))}, 2
+        )
 
 
 def test_a_batch_axis_that_is_second_is_followed() -> None:
