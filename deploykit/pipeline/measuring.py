@@ -32,7 +32,7 @@ from deploykit.store import Key, Store
 
 POOL_SIZE = 4
 ACCURACY_BATCH_LIMIT = 32
-MANY_SAMPLES = 1000  # from here on accuracy is measured at ACCURACY_BATCH or more, where the batch is free
+MANY_SAMPLES = 64  # from here on accuracy is measured at ACCURACY_BATCH or more, where the batch is free
 ACCURACY_BATCH = 8
 OPEN_AT_ONCE = 8
 INFER_TIMEOUT_S = 600.0
