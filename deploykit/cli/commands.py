@@ -129,6 +129,10 @@ def quantize(
     layout: Annotated[
         str, typer.Option(help="Where Q/DQ nodes go in static mode: cpu (ONNX Runtime, OpenVINO) or tensorrt.")
     ] = "cpu",
+    bias_correct: o.BiasCorrect = None,
+    weight_scales: o.WeightScales = "max",
+    reduce_range: o.ReduceRange = False,
+    rounding: o.Rounding = "nearest",
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
@@ -140,7 +144,8 @@ def quantize(
     from deploykit.pipeline import single
     from deploykit.pipeline.request import DataRequest
 
-    request = DataRequest(data, None, preprocess, None, limit, n, method, calib)
+    int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding)
+    request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8)
     with Bar() as bar:
         made = single.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
     say(f"{out}: {made.precision}, {made.size_bytes / 1e6:.1f} MB")

@@ -16,6 +16,7 @@ from deploykit.cli.terminal import Bar
 
 if TYPE_CHECKING:
     from deploykit.pipeline.line import LineRequest
+    from deploykit.pipeline.request import Int8Request
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +49,10 @@ def run(
     calib: o.CalibFile = None,
     calib_n: o.CalibN = 512,
     method: o.Method = "minmax",
+    bias_correct: o.BiasCorrect = None,
+    weight_scales: o.WeightScales = "max",
+    reduce_range: o.ReduceRange = False,
+    rounding: o.Rounding = "nearest",
     recalibrate: o.Recalibrate = False,
     shapes: o.Shapes = None,
     store: o.StoreFolder = Path("engines"),
@@ -83,6 +88,7 @@ def run(
         method,
         calib,
         recalibrate,
+        parsing.int8(bias_correct, weight_scales, reduce_range, rounding),
         backend,
         precision,
         batch,
@@ -125,6 +131,10 @@ def bench(
     calib: o.CalibFile = None,
     calib_n: o.CalibN = 512,
     method: o.Method = "minmax",
+    bias_correct: o.BiasCorrect = None,
+    weight_scales: o.WeightScales = "max",
+    reduce_range: o.ReduceRange = False,
+    rounding: o.Rounding = "nearest",
     shapes: o.Shapes = None,
     store: o.StoreFolder = Path("engines"),
     aa: o.AA = False,
@@ -154,6 +164,7 @@ def bench(
         method,
         calib,
         False,
+        parsing.int8(bias_correct, weight_scales, reduce_range, rounding),
         backend,
         precision,
         batch,
@@ -183,6 +194,7 @@ def _request(
     method: str,
     calib: Path | None,
     recalibrate: bool,
+    int8: Int8Request,
     backend: str | None,
     precision: str | None,
     batch: str,
@@ -202,7 +214,7 @@ def _request(
     parsing.positive(threads, "--threads")
     return LineRequest(
         targets=tuple(origin for origin in origins if isinstance(origin, SourceRequest)),
-        data=DataRequest(data, calib_data, preprocess, classes, limit, calib_n, method, calib, recalibrate),
+        data=DataRequest(data, calib_data, preprocess, classes, limit, calib_n, method, calib, recalibrate, int8),
         rows=RowsRequest(
             parsing.names(backend),
             parsing.names(precision),

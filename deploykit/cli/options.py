@@ -43,6 +43,24 @@ CalibN = Annotated[int, typer.Option("-n", "--calib-n", help="How many samples c
 Method = Annotated[str, typer.Option(help="Calibration: minmax, entropy, percentile or mse.")]
 CalibFile = Annotated[Path | None, typer.Option("--calib", help="A calibration table made by `deploykit calibrate`.")]
 Recalibrate = Annotated[bool, typer.Option("--recalibrate", help="Calibrate anew even where a table is kept.")]
+BiasCorrect = Annotated[
+    bool | None,
+    typer.Option(
+        "--bias-correct/--no-bias-correct",
+        help="INT8: give back through the biases what quantizing shifts, layer by layer, on the calibration samples; default: "
+        "wherever there are samples.",
+        show_default=False,
+    ),
+]
+WeightScales = Annotated[
+    str, typer.Option("--weight-scales", help="INT8 weights: scale by each channel's max, or by its least squared error (mse).")
+]
+ReduceRange = Annotated[
+    bool, typer.Option("--reduce-range", help="INT8 weights in 7 bits, for CPUs without VNNI (see `deploykit doctor`).")
+]
+Rounding = Annotated[
+    str, typer.Option(help="INT8 weights: rounded to the nearest, or learnt on the calibration samples (gptq; takes longer).")
+]
 Preprocess = Annotated[
     str | None,
     typer.Option(help="resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225[,layout=nhwc] or imagenet, timm, none."),

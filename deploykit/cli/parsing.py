@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from deploykit.errors import InputError
 
 if TYPE_CHECKING:
+    from deploykit.pipeline.request import Int8Request
     from deploykit.signature import ShapeRange, TensorSpec
 
 
@@ -76,3 +77,18 @@ def count_or_all(text: str, option: str) -> int | None:
     if not text.isdecimal():
         raise InputError(f"{option} '{text}' is neither a whole number nor 'all'", f"example: {option} 10")
     return int(text)
+
+
+def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str) -> Int8Request:
+    """The switches of INT8. Raises UnknownName for a name that is no choice."""
+    from deploykit.errors import UnknownName
+    from deploykit.pipeline.request import Int8Request
+    from deploykit.stages import precision
+
+    for kind, name, choices in (
+        ("weight scale", weight_scales, precision.WEIGHT_SCALES),
+        ("rounding", rounding, precision.ROUNDINGS),
+    ):
+        if name not in choices:
+            raise UnknownName(kind, name, choices)
+    return Int8Request(bias_correct, weight_scales, reduce_range, rounding)

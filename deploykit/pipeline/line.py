@@ -24,6 +24,7 @@ from deploykit.errors import (
     UnknownName,
 )
 from deploykit.pipeline import assemble, engines, measuring, prepare
+from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names, plan
 from deploykit.pipeline.prepare import Workshop
@@ -35,6 +36,8 @@ from deploykit.samples import Samples
 from deploykit.signature import Feeds, ShapeRange, Signature
 from deploykit.stages import bench
 from deploykit.store import Store
+
+_CALIBRATED = ("int8-cpu", "int8-tensorrt", "int8-dynamic", "mixed")
 
 
 @dataclass(frozen=True)
@@ -205,14 +208,16 @@ def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
     if request.data is None:
         return Shares(None, calib)
     everything = opened(request.data, judges=True)
-    needs_calibration = any(
-        not row.skip and backends.get(row.backend).graph(row.precision).startswith("int8-") for row in model.rows
-    )
-    if calib is None and (not needs_calibration or len(everything) == 1):
+    if calib is None and (not _calibrates(model) or len(everything) == 1):
         held_out = data.held_out(everything, exclude=_trained_on(model, everything))
         return Shares(held_out, None)
     calibrate, judge = data.split(everything, calib=calib, calib_n=request.calib_n, exclude=_trained_on(model, everything))
     return Shares(judge, calibrate)
+
+
+def _calibrates(model: _Model) -> bool:
+    """Whether a row to come needs calibration samples."""
+    return any(not row.skip and backends.get(row.backend).graph(row.precision) in _CALIBRATED for row in model.rows)
 
 
 def _needs_class_order(model: _Model, samples: Samples) -> None:
@@ -299,12 +304,13 @@ def _build(model: _Model, samples: Shares, request: DataRequest, rows: RowsReque
         assert samples.calibrate is not None
         return prepare.calibrate(shop, samples.calibrate, request)
 
+    recipe = Int8Recipe(request.int8, samples.calibrate) if _calibrates(model) else None
     wanted: dict[tuple[str, str, str, str], tuple[PlannedRow, Artifact]] = {}
     for row in model.rows:
         if row.skip or row.engine_key in model.built or row.engine_key in wanted:
             continue
         try:
-            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table))
+            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table, recipe))
         except (DataError, OutOfSpace, StaleCalibration):
             raise  # the user's to mend, and no row's own
         except DeploykitError as exc:

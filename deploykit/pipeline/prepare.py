@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,10 @@ from deploykit import artifact as artifacts
 from deploykit import backends, calibration_table, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
+from deploykit.errors import BackendFailed, DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
 from deploykit.observation import INTEGER
+from deploykit.pipeline import int8
+from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
@@ -33,6 +36,7 @@ from deploykit.store import Key, Store, source_hash
 from deploykit.verdict import Finding
 
 STAGE_TIMEOUT_S = 1800.0
+_FULL_BYTES = 64 << 10
 _PACKAGE = Path(__file__).parent.parent
 
 # What each stage is made of: its version is a hash of these files.
@@ -44,7 +48,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
         *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
         *("graph.py", "data/*.py", "preprocess.py"),
     ),
-    "precision": ("stages/precision/*.py", "graph.py"),
+    "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py"),
     "engine": ("session.py", "pipeline/prepare.py"),
     "measure": (
         "hosted.py",
@@ -294,18 +298,18 @@ def _digest_of(path: Path) -> str:
     return graph.digest(graph.load(path))
 
 
-def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artifact:
+def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe | None = None) -> Artifact:
     """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic. Raises NotForThisGraph where the
     model cannot have that precision, and what `table` and the precision stage raise for other reasons."""
     try:
-        return _graph_for(shop, kind, table)
+        return _graph_for(shop, kind, table, recipe or Int8Recipe())
     except (DataError, OutOfSpace, StaleCalibration, UnknownName):
         raise  # the user's to mend: nothing that the graph is at fault for
     except InputError as exc:
         raise NotForThisGraph(exc.message, exc.remedy) from exc
 
 
-def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Artifact:
+def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe) -> Artifact:
     from deploykit.stages import precision
 
     if kind == "source":
@@ -315,19 +319,18 @@ def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact]) -> Arti
     if kind in shop.graphs:
         return shop.graphs[kind]
     path = shop.model.path
-    parent, options = shop.model.sha256, {"kind": kind}
+    parent = shop.model.sha256
+    options: dict[str, Any] = {"kind": kind}
     if kind == "fp16":
         make: Callable[[Path], Artifact] = lambda folder: shop.child(kind, precision.to_fp16, path, folder / "model.onnx")  # noqa: E731
     elif kind == "int8-dynamic":
         make = lambda folder: shop.child(kind, precision.to_int8_dynamic, path, folder / "model.onnx")  # noqa: E731
     elif kind in ("int8-cpu", "int8-tensorrt"):
         calibrated = table()
-        options["table"] = calibrated.sha256
+        options |= {"table": calibrated.sha256, "recipe": recipe.to_json()}
         loaded = calibration_table.load(calibrated.path)
-        if kind == "int8-cpu":
-            make = lambda folder: shop.child(kind, precision.to_int8, path, loaded, "cpu", folder / "model.onnx")  # noqa: E731
-        else:
-            make = lambda folder: shop.child(kind, precision.to_int8_fp16, path, loaded, folder / "model.onnx")  # noqa: E731
+        layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
+        make = lambda folder: shop.child(kind, int8.write, path, loaded, layout, rest, recipe, (), folder / "model.onnx")  # noqa: E731
     else:
         raise InputError(f"there is no graph of kind '{kind}'")
     shop.graphs[kind] = shop.keep("precision", kind, parent, options, make)
@@ -366,8 +369,13 @@ def engine(
 
 
 def build_engine(backend_name: str, graph: Artifact, request: BuildRequest, folder: Path) -> Artifact:
-    """What the backend builds; runs in a child process."""
-    return backends.get(backend_name).build(graph, request, folder)
+    """What the backend builds; runs in a child process. Native code rarely says that the disk is full: it is asked here."""
+    try:
+        return backends.get(backend_name).build(graph, request, folder)
+    except BackendFailed as exc:
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            raise OutOfSpace(f"no space left on the disk of {folder.parent.parent}", "free some space") from exc
+        raise
 
 
 _NOTHING = Artifact(Path(), "none", "none", Signature((), ()), "none")

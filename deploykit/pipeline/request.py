@@ -27,6 +27,16 @@ class SourceRequest:
 
 
 @dataclass(frozen=True)
+class Int8Request:
+    """How INT8 is made. bias_correct: None means wherever there are samples to correct with."""
+
+    bias_correct: bool | None = None
+    weight_scales: str = "max"
+    reduce_range: bool = False
+    rounding: str = "nearest"
+
+
+@dataclass(frozen=True)
 class DataRequest:
     """Which samples judge and calibrate; None where there are none."""
 
@@ -39,6 +49,7 @@ class DataRequest:
     method: str = "minmax"
     calib_table: Path | None = None
     recalibrate: bool = False
+    int8: Int8Request = field(default_factory=Int8Request)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from deploykit import backends, calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import BackendFailed, InputError, MissingBackend, UnknownName
-from deploykit.pipeline import prepare
+from deploykit.pipeline import int8, prepare
+from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
@@ -37,6 +38,7 @@ LAYOUTS = ("cpu", "tensorrt")
 @contextmanager
 def scratch_beside(out: Path) -> Iterator[Path]:
     """A temporary folder in the file system of `out`, gone afterwards. Raises InputError where nothing can be written."""
+    made_parent = not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".making-"))
@@ -46,6 +48,9 @@ def scratch_beside(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if made_parent:
+            with suppress(OSError):
+                out.parent.rmdir()  # only when nothing came into it
 
 
 def deliver(made: Artifact, out: Path) -> Artifact:
@@ -186,11 +191,20 @@ def quantize_file(
             "--mode mixed is not in this version of deploykit", "use --mode static, then `deploykit compare` to see what it costs"
         )
     model = open_model(path)
-    table = _table(model, path, request, narrator, shapes) if mode == "static" else None
+    table, recipe = _table(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
     narrator.step(f"quantize {path.name} {mode}")
     with scratch_beside(out) as folder:
         made: Artifact = children.run(
-            "quantize", _quantize, path, mode, layout, table, folder / out.name, timeout_s=TIMEOUT_S, progress=narrator.progress
+            "quantize",
+            _quantize,
+            path,
+            mode,
+            layout,
+            table,
+            recipe,
+            folder / out.name,
+            timeout_s=TIMEOUT_S,
+            progress=narrator.progress,
         )
         kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
         made = replace(
@@ -204,22 +218,32 @@ def quantize_file(
 
 def _table(
     model: ModelFile, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> tuple[CalibrationTable, Int8Recipe]:
+    """The ranges, given or made, and what else INT8 is made with: DATA, where given, corrects it too."""
+    chosen = None
+    if request.data is not None:
+        chosen = data.calibration_share(open_data(model, request.data, request, shapes), request.calib_n)
+    recipe = Int8Recipe(request.int8, chosen)
+    return make_table(model, path, request, chosen, narrator), recipe
+
+
+def make_table(
+    model: ModelFile, path: Path, request: DataRequest, chosen: Samples | None, narrator: Narrator
 ) -> CalibrationTable:
+    """The calibration table that was given, or one made on these samples."""
     if request.calib_table is not None:
         table = calibration_table.load(request.calib_table)
         table.require_match(model_sha256=model.digest)
         return table
-    if request.data is None:
+    if chosen is None:
         raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
-    samples = open_data(model, request.data, request, shapes)
-    chosen = data.calibration_share(samples, request.calib_n)
     narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
     return children.run(
         "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
     )
 
 
-def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None, out: Path) -> Artifact:
+def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
     from deploykit.stages import precision
 
     if mode == "fp16":
@@ -227,7 +251,7 @@ def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None
     if mode == "dynamic":
         return precision.to_int8_dynamic(path, out)
     assert table is not None
-    return precision.to_int8(path, table, "tensorrt" if layout == "tensorrt" else "cpu", out)
+    return int8.write(path, table, layout, "fp32", recipe, (), out)
 
 
 def build_file(
@@ -320,8 +344,12 @@ def _graph(
     given = model.artifact
     if kind == "fp32" or (kind.startswith("int8") and children.run("read", _is_quantized, given.path)):
         return given
-    table = _table(model, given.path, request, narrator, shapes) if kind in ("int8-cpu", "int8-tensorrt") else None
-    made: Artifact = children.run(kind, _make_graph, given.path, kind, table, out, timeout_s=TIMEOUT_S)
+    table, recipe = None, Int8Recipe()
+    if kind in ("int8-cpu", "int8-tensorrt"):
+        table, recipe = _table(model, given.path, request, narrator, shapes)
+    made: Artifact = children.run(
+        kind, _make_graph, given.path, kind, table, recipe, out, timeout_s=TIMEOUT_S, progress=narrator.progress
+    )
     return made.save()
 
 
@@ -331,7 +359,7 @@ def _is_quantized(path: Path) -> bool:
     return bool({node.op_type for node in graph.load(path).graph.node} & prepare.QUANTIZED_OPS)
 
 
-def _make_graph(path: Path, kind: str, table: CalibrationTable | None, out: Path) -> Artifact:
+def _make_graph(path: Path, kind: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
     from deploykit.stages import precision
 
     makers: dict[str, Callable[[], Artifact]] = {
@@ -341,7 +369,8 @@ def _make_graph(path: Path, kind: str, table: CalibrationTable | None, out: Path
     if kind in makers:
         return makers[kind]()
     assert table is not None
-    return precision.to_int8(path, table, "cpu", out) if kind == "int8-cpu" else precision.to_int8_fp16(path, table, out)
+    layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
+    return int8.write(path, table, layout, rest, recipe, (), out)
 
 
 def proof_lines(made: Artifact) -> list[str]:

@@ -1,4 +1,5 @@
-"""Empirical bias correction: what quantizing shifts in a layer's mean output is given back through its bias.
+"""Corrections learnt on samples: what quantizing shifts in a layer's mean output is given back through its bias, and,
+where asked for, weights are rounded so that their errors make up for each other (`rounding.py`).
 
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2 (the empirical
 form): delta = E[float output] - E[quantized output] for each output channel, layer after layer, each measured with the
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from deploykit import graph as graphs
 from deploykit.artifact import Artifact, write_atomically
 from deploykit.children import report_progress
-from deploykit.errors import InputError, MissingBackend, ModelError, StaleCalibration
+from deploykit.errors import InputError, ModelError, StaleCalibration
 from deploykit.samples import Samples
-from deploykit.stages.precision import normal_form
+from deploykit.stages.precision import normal_form, rounding
 from deploykit.stages.precision.fp16 import to_int8_fp16
-from deploykit.stages.precision.int8 import to_int8
+from deploykit.stages.precision.int8 import quantized, to_int8, write
 from deploykit.stages.precision.options import Int8Options
-from deploykit.stages.precision.view import FloatGraph, bodies, tensor
+from deploykit.stages.precision.view import FloatGraph, attribute, tensor
+from deploykit.stages.precision.walk import Arrays, advance, affordable, cuts, open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -37,17 +39,25 @@ CORRECTED = ("Conv", "ConvTranspose", "Gemm")
 DEFAULT_SAMPLES = 64  # activations of that many samples are held in memory, of one cut through the graph at a time
 _BATCH = 8
 _DEFAULT = Int8Options()
-Arrays = dict[str, NDArray[Any]]
+Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
+
+
+class NothingToCorrect(ModelError):
+    """A model none of whose quantized layers has a bias that could take a correction."""
 
 
 @dataclass(frozen=True)
 class BiasDeltas:
-    """What to add to the bias of each node, [channels] by node name, for the model of that digest and one layout."""
+    """What to add to the bias of each node, [channels] by node name, for the model of that digest and one layout.
+
+    integers: weights rounded other than to the nearest, and the scale of each channel that they belong to, by node name.
+    """
 
     model_sha256: str
     layout: str
     deltas: dict[str, NDArray[np.float32]]
     n: int = 0
+    integers: dict[str, Rounded] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -55,6 +65,8 @@ class BiasDeltas:
         digest = hashlib.sha256(f"{self.model_sha256} {self.layout}".encode())
         for name, values in sorted(self.deltas.items()):
             digest.update(name.encode() + b"\0" + values.tobytes())
+        for name, (integers, scale) in sorted(self.integers.items()):
+            digest.update(name.encode() + b"\1" + integers.tobytes() + scale.tobytes())
         return digest.hexdigest()
 
     def apply(self, graph: FloatGraph, chosen: Iterable[int]) -> int:
@@ -88,39 +100,56 @@ class BiasDeltas:
 
 
 def deltas(
-    path: Path, quantized: Path, samples: Samples, *, layout: str, limit: int = DEFAULT_SAMPLES, threads: int | None = None
+    path: Path,
+    quantized_path: Path,
+    samples: Samples,
+    *,
+    layout: str,
+    limit: int = DEFAULT_SAMPLES,
+    threads: int | None = None,
+    options: Int8Options = _DEFAULT,
 ) -> BiasDeltas:
     """The corrections that bring each quantized layer's mean output back to the float model's, on at most `limit` samples.
 
-    path: the float model; quantized: what `to_int8` made of it. The quantized graph is computed literally (no fused
-    kernels). Raises InputError without samples, ModelError where the two graphs do not match, MissingBackend without ONNX
-    Runtime.
+    path: the float model; quantized_path: what `to_int8` made of it with `options`, whose `rounding` says whether weights are
+    rounded anew first. The quantized graph is computed literally (no fused kernels). Fewer samples are used where their
+    activations would not fit into `walk.HELD_BYTES`. Raises InputError without samples, ModelError where the two graphs do
+    not match, MissingBackend without ONNX Runtime.
     """
     if not len(samples):
         raise InputError("bias correction needs calibration samples, and there are none", "give data with --data")
     graph, digest = normal_form.load(path)
-    model = graphs.load(quantized)
-    feeds = [dict(batch) for batch, _ in samples.take(range(min(limit, len(samples))), samples.role).batches(_BATCH)]
+    model = graphs.load(quantized_path)
     wanted = _correctable(graph, model)
     if not wanted:
-        raise ModelError(
-            f"{quantized.name} holds no layer of {path.name} whose bias could be corrected", "give the model it is of"
+        raise NothingToCorrect(
+            f"{quantized_path.name} holds no layer of {path.name} whose bias could be corrected", "give the model it is of"
         )
+    count = affordable(graph.model, min(limit, len(samples)))
+    feeds = [dict(batch) for batch, _ in samples.take(range(count), samples.role).batches(_BATCH)]
+    report_progress("bias correction", 0.0)
     means = _float_means(graph, wanted, feeds, threads)
+    roundable = _roundable(graph, wanted) if options.rounding == "gptq" else {}
     found: dict[str, NDArray[np.float32]] = {}
+    integers: dict[str, Rounded] = {}
     live: list[Arrays] = feeds
-    segments = list(_segments(model, wanted))
-    for step, (part, node_name, result, keep) in enumerate(segments):
-        report_progress("bias correction", step / len(segments))
-        live = _advance(part, live, keep, threads)
-        if node_name is None:
-            continue
-        mean = _mean([values[result] for values in live])
-        delta = (means[node_name] - mean).astype(np.float32)
-        found[node_name] = delta
+    for step, cut in enumerate(cuts(model, frozenset(wanted))):
+        report_progress("bias correction", step / len(wanted))
+        if cut.before is not None:
+            advance(cut.before, live, cut.needed, threads)
+        name = cut.node.name
+        if name in roundable:
+            stored, _, scale = cut.weights()
+            batches = [values[cut.node.input[0]] for values in live]
+            chosen = rounding.learnt(cut.node, roundable[name], scale, options.levels, batches)
+            cut.replace(stored, chosen)
+            integers[name] = (chosen, scale)
+        advance(cut.part, live, cut.keep, threads)
+        delta = (means[name] - _mean([values[cut.result] for values in live])).astype(np.float32)
+        found[name] = delta
         for values in live:
-            values[result] = values[result] + _along(delta, values[result].ndim)
-    return BiasDeltas(digest, layout, found, sum(_count(f) for f in feeds))
+            values[cut.result] = values[cut.result] + _along(delta, values[cut.result].ndim)
+    return BiasDeltas(digest, layout, found, count, integers)
 
 
 def bias_correct(
@@ -142,8 +171,9 @@ def bias_correct(
         raise InputError(f"bias correction cannot write layout '{layout}' with the rest in '{rest}'", "fp16 goes with 'tensorrt'")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "int8.onnx"
-        to_int8(path, table, layout, plain, options)
-        found = deltas(path, plain, samples, layout=layout, limit=limit)
+        model, facts = quantized(path, table, layout, options, half=rest == "fp16")
+        write(model, plain, precision="int8", parent=path, options={}, facts=facts)
+        found = deltas(path, plain, samples, layout=layout, limit=limit, options=options)
     if rest == "fp16":
         return to_int8_fp16(path, table, out, options, found)
     return to_int8(path, table, layout, out, options, found)
@@ -156,6 +186,8 @@ def save(deltas_: BiasDeltas, path: Path) -> None:
     stream = io.BytesIO()
     head = np.array([deltas_.model_sha256, deltas_.layout, str(deltas_.n)])
     named: dict[str, Any] = {f"delta/{name}": values for name, values in deltas_.deltas.items()}
+    for name, (integers, scale) in deltas_.integers.items():
+        named |= {f"integers/{name}": integers, f"scale/{name}": scale}
     np.savez(stream, head=head, **named)
     write_atomically(path, stream.getvalue())
 
@@ -165,10 +197,12 @@ def load(path: Path) -> BiasDeltas:
     try:
         with np.load(path, allow_pickle=False) as found:
             digest, layout, n = (str(v) for v in found["head"])
-            values = {k.removeprefix("delta/"): np.asarray(found[k], np.float32) for k in found.files if k != "head"}
+            values = {k.removeprefix("delta/"): np.asarray(found[k], np.float32) for k in found.files if k.startswith("delta/")}
+            names = [k.removeprefix("integers/") for k in found.files if k.startswith("integers/")]
+            integers = {name: (found[f"integers/{name}"], found[f"scale/{name}"]) for name in names}
     except (OSError, ValueError, KeyError) as exc:
         raise InputError(f"{path} holds no bias corrections: {exc}", "make them again") from exc
-    return BiasDeltas(digest, layout, values, int(n))
+    return BiasDeltas(digest, layout, values, int(n), integers)
 
 
 def _correctable(graph: FloatGraph, model: onnx.ModelProto) -> dict[str, str]:
@@ -184,6 +218,18 @@ def _correctable(graph: FloatGraph, model: onnx.ModelProto) -> dict[str, str]:
         if node.input[1] in dequantized and (not bias or bias in graph.constants):
             result[node.name] = node.output[0]
     return result
+
+
+def _roundable(graph: FloatGraph, wanted: Mapping[str, str]) -> dict[str, NDArray[Any]]:
+    """node name -> its float weight, of the nodes whose weights can be rounded on samples: read by that node alone."""
+    found = {}
+    for node in graph.nodes:
+        if node.name not in wanted or not graph.has_one_reader(node.input[1]):
+            continue
+        weight = graph.array(node.input[1])
+        if attribute(node, "alpha", 1.0) == 1.0 and rounding.can_round(node, weight):
+            found[node.name] = weight
+    return found
 
 
 def _float_means(graph: FloatGraph, wanted: dict[str, str], feeds: list[Arrays], threads: int | None) -> Arrays:
@@ -208,85 +254,13 @@ def _float_means(graph: FloatGraph, wanted: dict[str, str], feeds: list[Arrays],
             outputs[name] = node.name
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
-    session = _session(model, threads)
+    session = open_session(model, threads)
     totals: dict[str, NDArray[Any]] = {}
     for batch in feeds:
         for (_, name), value in zip(outputs.items(), session.run(list(outputs), batch), strict=True):
             totals[name] = totals.get(name, np.zeros(1)) + value.astype(np.float64) * _count(batch)
     n = sum(_count(batch) for batch in feeds)
     return {name: total / n for name, total in totals.items()}
-
-
-def _segments(
-    model: onnx.ModelProto, wanted: dict[str, str]
-) -> Iterator[tuple[onnx.ModelProto, str | None, str, frozenset[str]]]:
-    """The quantized graph cut after each node to correct: (part, that node, its output, tensors needed from there on)."""
-    import onnx
-
-    nodes = list(model.graph.node)
-    ends = [i for i, node in enumerate(nodes) if node.name in wanted]
-    stored = {t.name: t for t in model.graph.initializer}
-    start = 0
-    for end in ends:
-        inside = nodes[start : end + 1]
-        later = {name for node in nodes[end + 1 :] for name in _reads(node)}
-        made = {name for node in inside for name in node.output if name}
-        read = {name for node in inside for name in _reads(node) if name}
-        keep = frozenset(later)
-        graph = onnx.helper.make_graph(
-            inside,
-            "part",
-            [onnx.helper.make_empty_tensor_value_info(n) for n in sorted(read - made - set(stored))],
-            [onnx.helper.make_empty_tensor_value_info(n) for n in sorted((made & later) | {nodes[end].output[0]})],
-            [stored[n] for n in sorted(read & set(stored))],
-        )
-        part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-        yield part, nodes[end].name, nodes[end].output[0], keep | {nodes[end].output[0]}
-        start = end + 1
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    yield from node.input
-    for body in bodies(node):
-        for inner in body.node:
-            yield from _reads(inner)
-
-
-def _advance(part: onnx.ModelProto, live: list[Arrays], keep: frozenset[str], threads: int | None) -> list[Arrays]:
-    """The live tensors after a part of the graph ran; those nobody needs any more are dropped."""
-    import onnx
-
-    names = {value.name for value in part.graph.input}
-    captured = {n for n in names if not live or n not in live[0]}
-    kept = [v for v in part.graph.input if v.name not in captured]
-    del part.graph.input[:]
-    for value in kept:
-        array = live[0][value.name]
-        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        part.graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, [None] * array.ndim))
-    session = _session(part, threads)
-    outputs = [value.name for value in session.get_outputs()]
-    inputs = [value.name for value in session.get_inputs()]
-    result = []
-    for values in live:
-        made = dict(zip(outputs, session.run(outputs, {name: values[name] for name in inputs}), strict=True))
-        result.append({name: value for name, value in {**values, **made}.items() if name in keep})
-    return result
-
-
-def _session(model: onnx.ModelProto, threads: int | None) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise MissingBackend(
-            "bias correction needs ONNX Runtime, which is not installed", "pip install 'deploykit[cpu]'"
-        ) from exc
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _mean(arrays: list[NDArray[Any]]) -> NDArray[np.float64]:

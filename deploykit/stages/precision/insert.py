@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass
 class Inserter:
     """Writes one plan. `integer_bias`: int32 biases, as ONNX Runtime's kernels want them; TensorRT wants them in float.
-    `half`: scales that FP16 holds exactly."""
+    `half`: scales that FP16 holds exactly. `rounded`: by node, the integers to take, where the scale is the one they are for."""
 
     graph: FloatGraph
     plan: Plan
@@ -31,7 +32,9 @@ class Inserter:
     options: Int8Options
     integer_bias: bool
     half: bool = False
+    rounded: Mapping[str, tuple[NDArray[np.int8], NDArray[np.float32]]] = field(default_factory=dict)
     dead_channels: int = 0
+    rounded_layers: int = 0
     _weights: dict[tuple[str, int | None, bytes], str] = field(default_factory=dict)
 
     def write(self) -> None:
@@ -86,7 +89,7 @@ class Inserter:
         axis = weight_axis(node, weight.ndim)
         if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
             axis = None  # axis 1 counts the channels of one group only
-        levels = 63 if self.options.reduce_range else 127
+        levels = self.options.levels
         amax = scales.channel_amax(weight, axis)
         dead = amax <= (scales.TINY_HALF_SCALE if self.half else 0.0)
         self.dead_channels += int(dead.sum())
@@ -116,7 +119,10 @@ class Inserter:
         if key in self._weights:  # shared by several nodes along one axis
             node.input[1] = self._weights[key]
             return None
-        integers = scales.quantize(weight, scale, axis, levels)
+        given = self.rounded.get(node.name)
+        usable = given is not None and np.array_equal(given[1].reshape(-1), scale.reshape(-1))
+        integers = given[0] if given is not None and usable else scales.quantize(weight, scale, axis, levels)
+        self.rounded_layers += int(usable)
         result = self.graph.fresh(f"{name}_dequantized")
         inputs = [
             self._constant(f"{name}_quantized", integers),

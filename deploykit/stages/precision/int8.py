@@ -78,10 +78,17 @@ def quantized(
     facts = _facts(graph, plan, layout, dict(counts))
     facts["bias_corrected_layers"] = corrections.apply(graph, plan.weighted) if corrections is not None else 0
     inserter = Inserter(
-        graph, plan, activation_scales(plan, table, layout, half=half), options, integer_bias=layout == "cpu", half=half
+        graph,
+        plan,
+        activation_scales(plan, table, layout, half=half),
+        options,
+        integer_bias=layout == "cpu",
+        half=half,
+        rounded={} if corrections is None else corrections.integers,
     )
     inserter.write()
     facts["dead_channels"] = inserter.dead_channels
+    facts["rounded_layers"] = inserter.rounded_layers
     return graph.model, facts
 
 
