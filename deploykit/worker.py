@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 from deploykit import children
 from deploykit.children import Answer, read_message, write_message
@@ -20,6 +23,14 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _full_disks(args: tuple[object, ...]) -> str:
+    """Which of the folders that a call may have written to have no room, in words."""
+    folders = [Path(tempfile.gettempdir()), *(path.parent for path in args if isinstance(path, Path))]
+    full = [folder for folder in folders if folder.is_dir() and shutil.disk_usage(folder).free < 64 << 10]
+    named = [str(folder.parent if folder.name.startswith(".making-") else folder) for folder in full]
+    return f" of {', '.join(named)}" if named else ""
 
 
 def main() -> None:
@@ -49,7 +60,7 @@ def main() -> None:
         except OSError as exc:
             full = exc.errno == 28
             answer = (
-                Answer("error", OutOfSpace("no space left on the disk", "free some space"))
+                Answer("error", OutOfSpace(f"no space left on the disk{_full_disks(args)}", "free some space and run it again"))
                 if full
                 else Answer("bug", traceback.format_exc())
             )

@@ -63,8 +63,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except _UsageProblem as exc:
         exc.show()  # type: ignore[attr-defined]  # every usage error has it
         return EXIT_INPUT
-    except typer.Exit as exc:
-        return int(exc.exit_code)
+    except typer.Exit as exc:  # typer makes one of Ctrl-C as well
+        return _interrupted() if exc.exit_code == EXIT_INTERRUPTED else int(exc.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from deploykit import artifact as artifacts
 from deploykit import report_document
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.drift import Drift
-from deploykit.errors import InputError
+from deploykit.errors import InputError, OutOfSpace
 from deploykit.measurement import Measurement
 from deploykit.pipeline.assemble import measured_id
 from deploykit.pipeline.line import LineResult
@@ -92,12 +94,43 @@ def _outcomes(result: LineResult) -> dict[str, Drift]:
 
 
 def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -> list[Path]:
-    """Writes the report's files, the per-sample outcomes and the engines into `out`; returns the report's files."""
+    """Writes the report's files, the per-sample outcomes and the engines into `out`; returns the report's files.
+
+    All is written in a scratch folder inside `out` first, so that a full disk leaves an older run there as it was.
+    """
     narrator.step(f"write {out}")
-    outcomes = _outcomes(result)
-    folder = out / OUTCOMES
-    shutil.rmtree(folder, ignore_errors=True)
-    drifts = {key: dict(doc) for key, doc in report.drifts.items()}
+    scratch = out / f".making-{os.getpid()}"
+    made_out = not out.exists()
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        drifts = _write_outcomes(report, _outcomes(result), scratch / OUTCOMES)
+        wanted = _copy_engines(result, out / ENGINES, scratch / ENGINES)
+        files = reports.write(replace(report, drifts=drifts), scratch)
+        shutil.rmtree(out / OUTCOMES, ignore_errors=True)
+        if (scratch / OUTCOMES).is_dir():
+            os.rename(scratch / OUTCOMES, out / OUTCOMES)
+        _swap_engines(scratch / ENGINES, out / ENGINES, wanted)
+        for file in files:
+            os.replace(file, out / file.name)
+        if not report.measurements:
+            # raw seconds of an older report must not stand beside this one
+            (out / report_document.MEASUREMENTS_FILE).unlink(missing_ok=True)
+    except (OSError, OutOfSpace) as exc:
+        if isinstance(exc, OutOfSpace) or exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(f"no space left on the disk of {out}", "free some space or choose another folder with -o") from exc
+        raise InputError(f"cannot write to {out}: {exc.strerror or exc}", "choose another folder with -o") from exc
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if made_out:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only when nothing came into it
+    return [out / file.name for file in files]
+
+
+def _write_outcomes(report: Report, outcomes: Mapping[str, Drift], folder: Path) -> dict[str, dict[str, object]]:
+    """Writes the per-sample outcomes into `folder`; returns the report's drifts, each with its file's name."""
+    drifts: dict[str, dict[str, object]] = {key: dict(doc) for key, doc in report.drifts.items()}
     if outcomes:
         folder.mkdir(parents=True)
     written: dict[int, str] = {}
@@ -107,12 +140,12 @@ def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -
             drift.save_outcomes(folder / written[id(drift)])
         if key in drifts:
             drifts[key]["outcomes"] = written[id(drift)]
-    _copy_engines(result, out / ENGINES)
-    return reports.write(replace(report, drifts=drifts), out)
+    return drifts
 
 
-def _copy_engines(result: LineResult, folder: Path) -> None:
-    """Real copies of this run's engines, one folder each; what is there already and unchanged is left."""
+def _copy_engines(result: LineResult, there: Path, scratch: Path) -> set[str]:
+    """Real copies in `scratch` of this run's engines that do not lie in `there` unchanged, one folder each; returns the
+    names of all of them."""
     wanted: dict[str, Artifact] = {}
     for engine in result.built:
         if not engine.options.get("backend"):
@@ -122,20 +155,21 @@ def _copy_engines(result: LineResult, folder: Path) -> None:
             parts.append(engine.device)
         wanted["-".join(parts).replace("/", "_").replace("#", "-")] = engine
     for name, engine in wanted.items():
-        target = folder / name
-        if _same(engine, target / engine.path.name):
+        if _same(engine, there / name / engine.path.name):
             continue
-        scratch = folder / f".making-{name}-{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        try:
-            for file in (engine.path, manifest_path(engine.path), *(engine.path.parent / c for c in engine.companions)):
-                shutil.copy2(file, scratch / file.name)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(scratch, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / name).mkdir(parents=True)
+        for file in (engine.path, manifest_path(engine.path), *(engine.path.parent / c for c in engine.companions)):
+            shutil.copy2(file, scratch / name / file.name)
+    return set(wanted)
+
+
+def _swap_engines(scratch: Path, folder: Path, wanted: Collection[str]) -> None:
+    """Moves the finished engines from `scratch` into `folder`; engines of an older run that this one has not are removed."""
+    for made in sorted(scratch.iterdir()) if scratch.is_dir() else ():
+        folder.mkdir(exist_ok=True)
+        if (folder / made.name).exists():
+            shutil.rmtree(folder / made.name)
+        os.rename(made, folder / made.name)
     for old in folder.iterdir() if folder.is_dir() else ():
         if old.is_dir() and old.name not in wanted and any(old.glob("*.manifest.json")):
             shutil.rmtree(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +98,26 @@ def test_a_backend_this_version_lacks_is_a_skipped_row(name: str, cli: Cli, tmp_
     assert "not in this version" in rows[name]["reason"]
     code, err = cli("build", "m.onnx", "--backend", name, "-o", "engines-x")
     assert (code, "not in this version" in err) == (3, True)
+
+
+def test_a_device_is_written_to_and_never_replaced(cli: Cli) -> None:
+    code, err = cli("check", "m.onnx", "--json", "/dev/full")
+    assert code == 2
+    assert "no space left on the disk (/dev/full)" in err
+    assert not Path("/dev/full").is_file()
+    assert cli("check", "m.onnx", "--json", ".") == (2, "error: . is a folder\n  -> name a file\n")
+
+
+def test_a_run_that_cannot_be_written_leaves_the_one_before(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli("run", "m.onnx", "-o", "out", *QUICK)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full(text: str, path: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("deploykit.stages.report.write_text", full)
+    code, err = cli("run", "m.onnx", "-o", "out", *QUICK, "--data", "random:8")
+    assert (code, "no space left on the disk of out" in err) == (2, True), err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert cli("run", "m.onnx", "-o", "new/out", *QUICK)[0] == 2
+    assert not (tmp_path / "new" / "out").exists()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from deploykit.artifact import write_atomically
 from deploykit.errors import InputError, OutOfSpace
 from deploykit.report_document import MEASUREMENTS_FILE, REPORT_FILE, Report
 from deploykit.stages.report import csv_table, html_page, json_document, markdown
@@ -44,21 +43,10 @@ def write(report: Report, folder: Path) -> list[Path]:
 def write_text(text: str, path: Path) -> Path:
     """`path`, holding `text` (UTF-8): written beside it, flushed to the disk and renamed, so that no reader ever sees half
     a file. Raises OutOfSpace on a full disk, InputError where it cannot be written."""
-    scratch = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        scratch = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        scratch.chmod(0o644)
-        scratch.replace(path)
+        write_atomically(path, text.encode())
     except OSError as exc:
         raise _disk_error(exc, path) from exc
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
     return path
 
 
