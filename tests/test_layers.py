@@ -74,6 +74,7 @@ def test_every_help_works_with_the_heavy_packages_blocked() -> None:
         "finetune",
         "doctor",
         "compare",
+        "explain",
         "gate",
         "report",
         "predict",

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 NAME = "onnxruntime"
 _PROVIDERS = ["CPUExecutionProvider"]
 _GRAPHS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-cpu", "int8-dynamic": "int8-dynamic", "mixed": "mixed"}
-_INTEGER = {
+INTEGER_OPS = {
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger",
     "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention",
 }  # fmt: skip
-_FLOAT = {
+FLOAT_OPS = {
     "Conv",
     "FusedConv",
     "NhwcFusedConv",
@@ -114,7 +114,7 @@ class OnnxRuntime:
         literal = bool(request.options.get("literal_qdq"))
         entries = {"session.disable_quant_qdq": "1"} if literal else {}
         sizes = {engine.signature.batch_symbol: request.batch} if engine.signature.batch_symbol else {}
-        session = _create(engine.path, request.threads, entries, sizes)
+        session = create(engine.path, request.threads, entries, sizes)
         _require_names(session, engine)
         notes: tuple[str, ...]
         if literal:
@@ -208,13 +208,13 @@ def kernels(path: Path) -> dict[str, int]:
             "session.optimized_model_external_initializers_file_name": "weights.bin",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
         }
-        _create(path, 1, entries, {}, optimized=out)
+        create(path, 1, entries, {}, optimized=out)
         model = onnx.load(str(out), load_external_data=False)
     counts: Counter[str] = Counter()
     halves = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
     for node in _nodes(model.graph):
         counts[node.op_type] += 1
-        if node.op_type in _FLOAT and len(node.input) > 1 and node.input[1] in halves:
+        if node.op_type in FLOAT_OPS and len(node.input) > 1 and node.input[1] in halves:
             counts["fp16-weights"] += 1
     return dict(sorted(counts.items()))
 
@@ -229,8 +229,8 @@ def _nodes(root: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
 
 def _really(asked: str, counts: dict[str, int]) -> tuple[str, tuple[str, ...]]:
     """The precision that runs, and what a reader of the row should know of it."""
-    integer = sum(n for op, n in counts.items() if op in _INTEGER)
-    floating = sum(n for op, n in counts.items() if op in _FLOAT)
+    integer = sum(n for op, n in counts.items() if op in INTEGER_OPS)
+    floating = sum(n for op, n in counts.items() if op in FLOAT_OPS)
     whole = integer + floating
     if asked == "fp16" and not counts.get("fp16-weights"):
         return "fp32", ("this CPU provider has no FP16 kernels: it casts to FP32 and computes there",)
@@ -249,8 +249,16 @@ def _really(asked: str, counts: dict[str, int]) -> tuple[str, tuple[str, ...]]:
     return asked, tuple(notes)
 
 
-def _create(path: Path, threads: int, entries: dict[str, str], sizes: dict[str, int], optimized: Path | None = None) -> Any:
-    """An InferenceSession on the CPU provider, and on nothing else.
+def create(
+    path: Path,
+    threads: int,
+    entries: dict[str, str],
+    sizes: dict[str, int],
+    optimized: Path | None = None,
+    profile_prefix: str | None = None,
+) -> Any:
+    """An InferenceSession on the CPU provider, and on nothing else; `optimized`: where to write the graph made of the file;
+    `profile_prefix`: how the profile's file name begins, where one is wanted.
 
     `force_spinning_stop`: by default the idle pool spins for 34 ms of CPU after a run, which would be taken from whoever
     is measured next; stopping it at the end of each run costs nothing measurable (46.0 against 46.7 us a run on a tiny
@@ -270,6 +278,9 @@ def _create(path: Path, threads: int, entries: dict[str, str], sizes: dict[str, 
         options.add_free_dimension_override_by_name(symbol, size)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
     try:
         session = ort.InferenceSession(str(path), options, providers=_PROVIDERS)
     except Exception as exc:

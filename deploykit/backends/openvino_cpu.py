@@ -18,7 +18,7 @@ from deploykit.signature import Feeds, Outputs, ShapeRange, Signature
 
 NAME = "openvino"
 _GRAPHS = {"fp32": "fp32", "bf16": "fp32", "int8": "int8-cpu", "mixed": "mixed"}
-_MATRIX_LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell"}
+MATRIX_LAYERS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell"}
 _EXECUTED = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
 
 
@@ -75,14 +75,14 @@ class OpenVino:
 
         if artifact.path.suffix == ".onnx":
             graph.load(artifact.path)  # refuses truncated files and external data outside the folder, with the reason
-        model = _read(artifact.path)
+        model = read(artifact.path)
         path = folder / "model.xml"
         try:
             ov.save_model(model, str(path), compress_to_fp16=False)
         except RuntimeError as exc:
             raise BackendFailed(f"OpenVINO cannot write its IR of {artifact.path.name}: {opened.first_line(exc)}") from exc
         batch = artifact.signature.fixed_batch or request.batches[0]
-        _compile(path, artifact.signature, OpenRequest(request.precision, batch, 1, request.shapes))
+        compile_model(path, artifact.signature, OpenRequest(request.precision, batch, 1, request.shapes))
         return Artifact(
             path=path,
             format=NAME,
@@ -98,7 +98,7 @@ class OpenVino:
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
         """A session on IR or .onnx, reshaped to the static batch."""
         opened.require_batch(engine.signature, request)
-        compiled = _compile(engine.path, engine.signature, request)
+        compiled = compile_model(engine.path, engine.signature, request)
         return OpenVinoSession(compiled, engine.signature, request)
 
 
@@ -112,8 +112,8 @@ class OpenVinoSession:
         self.device = "cpu"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self.precision, self.notes = _really(request.precision, executed(compiled))
-        self._inputs = [_port(compiled.inputs, spec.name, "input") for spec in signature.inputs]
-        self._outputs = [_port(compiled.outputs, spec.name, "output") for spec in signature.outputs]
+        self._inputs = [port(compiled.inputs, spec.name, "input") for spec in signature.inputs]
+        self._outputs = [port(compiled.outputs, spec.name, "output") for spec in signature.outputs]
         self._request = compiled.create_infer_request()
 
     def infer(self, feeds: Feeds) -> Outputs:
@@ -174,7 +174,7 @@ def executed(compiled: Any) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        if info["layerType"].astype(str) in _MATRIX_LAYERS:
+        if info["layerType"].astype(str) in MATRIX_LAYERS:
             counts[info["runtimePrecision"].astype(str)] += 1
     return dict(counts)
 
@@ -197,7 +197,7 @@ def _has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & machine.features())
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
     import openvino as ov
 
     try:
@@ -209,8 +209,8 @@ def _read(path: Path) -> Any:
         ) from exc
 
 
-def _compile(path: Path, signature: Signature, request: OpenRequest) -> Any:
-    """The model compiled for the CPU at static shapes.
+def compile_model(path: Path, signature: Signature, request: OpenRequest, more: Mapping[str, Any] | None = None) -> Any:
+    """The model compiled for the CPU at static shapes; `more`: OpenVINO properties beside those set here.
 
     The precision hint is always set: unset, OpenVINO runs FP32 graphs in BF16 on CPUs with AMX. With INT8 graphs it rules
     the float layers between the integer ones: FP32 keeps them comparable with other engines' INT8 rows, and on ResNet-18
@@ -218,7 +218,7 @@ def _compile(path: Path, signature: Signature, request: OpenRequest) -> Any:
     """
     import openvino as ov
 
-    model = _read(path)
+    model = read(path)
     _reshape(model, signature, request.batch, request.shapes)
     config = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -227,7 +227,7 @@ def _compile(path: Path, signature: Signature, request: OpenRequest) -> Any:
         "INFERENCE_PRECISION_HINT": "bf16" if request.precision == "bf16" else "f32",
     }
     try:
-        return ov.Core().compile_model(model, "CPU", config)
+        return ov.Core().compile_model(model, "CPU", {**config, **(more or {})})
     except RuntimeError as exc:
         raise BackendFailed(
             f"OpenVINO cannot compile {path.name} at batch {request.batch}: {opened.first_line(exc)}",
@@ -238,7 +238,7 @@ def _compile(path: Path, signature: Signature, request: OpenRequest) -> Any:
 def _reshape(model: Any, signature: Signature, batch: int, ranges: Mapping[str, ShapeRange]) -> None:
     shapes = signature.shapes(batch, ranges)
     try:
-        model.reshape({_port(model.inputs, name, "input"): list(shape) for name, shape in shapes.items()})
+        model.reshape({port(model.inputs, name, "input"): list(shape) for name, shape in shapes.items()})
     except RuntimeError as exc:
         raise BackendFailed(
             f"OpenVINO cannot run the graph at batch {batch}, input shapes {shapes}: {opened.first_line(exc)}",
@@ -246,7 +246,7 @@ def _reshape(model: Any, signature: Signature, batch: int, ranges: Mapping[str, 
         ) from exc
 
 
-def _port(ports: list[Any], name: str, kind: str) -> int:
+def port(ports: list[Any], name: str, kind: str) -> int:
     """The index of the input or output called `name`. Raises ModelError when the file has none of that name."""
     for index, port in enumerate(ports):
         if name in port.get_names():

@@ -1,4 +1,4 @@
-"""Commands that look: doctor, compare, gate, report, predict."""
+"""Commands that look: doctor, compare, explain, gate, report, predict."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
     add(app, "doctor", doctor, "What this machine can do.", bare=True)
     add(app, "compare", compare, "Drift between two models or engines.")
+    add(app, "explain", explain, "Why an engine isn't faster.")
     add(app, "gate", gate, "The regression check for CI.")
     add(app, "report", report, "Render a finished run again.")
     add(app, "predict", predict, "What an engine says of an image.")
@@ -91,6 +92,50 @@ def compare(
             show_rows("", ["layer", "operator", "sqnr_db", "own_db", "why"], found.layer_rows(), wrap=4)
             for note in found.layer_notes:
                 say(f"note: {note}")
+    return EXIT_PASSED
+
+
+def explain(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine, or an .onnx file with --backend.")],
+    backend: Annotated[str | None, typer.Option("--backend", help="onnxruntime or openvino; an engine has its own.")] = None,
+    data: o.Data = None,
+    preprocess: o.Preprocess = None,
+    batch: Annotated[int, typer.Option("--batch", help="The batch to profile at.")] = 1,
+    threads: o.Threads = None,
+    shapes: o.Shapes = None,
+    top: Annotated[int, typer.Option("--top", help="How many kernels to list.")] = 10,
+    json_file: o.JsonFile = None,
+) -> int:
+    """Why INT8 isn't faster: where the time goes by the runtime's own profile, what ran in float, what stands in between,
+    which CPU feature is missing, and the remedy.
+
+    Example:  deploykit explain model-int8.onnx --backend onnxruntime
+    """
+    from deploykit.pipeline import bottlenecks
+    from deploykit.pipeline.request import DataRequest
+
+    for number, option in ((batch, "--batch"), (threads, "--threads"), (top, "--top")):
+        parsing.positive(number, option)
+    with Bar() as bar:
+        found = bottlenecks.explain(
+            engine,
+            backend,
+            DataRequest(data, preprocess=preprocess),
+            parsing.shapes(shapes),
+            bar,
+            batch=batch,
+            threads=threads,
+        )
+    if json_file is not None:
+        show_json(found.to_json(), json_file)
+    if json_file != "-":
+        say(found.verdict)
+        p = found.profile
+        say(f"{p.backend}, batch {p.batch}, {p.threads} threads: {p.seconds * 1e3:.2f} ms in kernels, median of {p.runs} runs")
+        show_rows("", ["where the time goes", "kernels", "ms", "share"], bottlenecks.kind_rows(found), wrap=0)
+        show_rows("", ["share", "what was found -> what to do"], bottlenecks.finding_rows(found), wrap=1)
+        heads = ["slowest kernels", "operator", "computes in", "ms", "share", "implementation"]
+        show_rows("", heads, bottlenecks.kernel_rows(found, top), wrap=0)
     return EXIT_PASSED
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import ModelError
+from deploykit.quantized_layers import Layer, Pair, Point, View
 from deploykit.stages.layers.match import Match
-from deploykit.stages.layers.view import Layer, Pair, Point, View
 
 if TYPE_CHECKING:
     import onnx

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import graph as graphs
+from deploykit import quantized_layers
 from deploykit.children import available_threads
 from deploykit.errors import DataError, InputError
+from deploykit.quantized_layers import Layer, View
 from deploykit.samples import Samples
-from deploykit.stages.layers import alone, own, reasons, view
+from deploykit.stages.layers import alone, own, reasons
 from deploykit.stages.layers.match import Match, matches
 from deploykit.stages.layers.reasons import Reason
 from deploykit.stages.layers.sums import Sums
-from deploykit.stages.layers.view import Layer, View
 
 ALONE = 10  # layers measured alone, unless asked for otherwise
 _NEVER_WORSE = 300.0  # dB; orders layers without any error last
@@ -77,7 +78,7 @@ def find(
     if not len(samples):
         raise DataError(f"there are no samples in {samples.spec}", "give data with at least one sample")
     count = threads or available_threads()
-    mine, its = view.load(reference), view.load(candidate)
+    mine, its = quantized_layers.load(reference), quantized_layers.load(candidate)
     _require_same_inputs(mine, its, reference, candidate)
     found, missing = matches(mine, its)
     if not found:

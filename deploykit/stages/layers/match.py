@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from deploykit.stages.layers.view import BARE, Layer, Point, View
+from deploykit.quantized_layers import BARE, Layer, Point, View
 
 
 @dataclass(frozen=True)

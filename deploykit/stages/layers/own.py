@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from deploykit.children import report_progress
 from deploykit.errors import DeploykitError
+from deploykit.quantized_layers import View
 from deploykit.samples import Samples
 from deploykit.stages.layers import alone
 from deploykit.stages.layers.match import Match
 from deploykit.stages.layers.statistics import Error
 from deploykit.stages.layers.sums import batches, opened
-from deploykit.stages.layers.view import View
 
 _GROUP_BYTES = 512 << 20  # of models open at once
 _GROUP = 6

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.histogram import BINS, Observation
-from deploykit.stages.layers.view import Pair
+from deploykit.quantized_layers import Pair
 
 
 def decibels(signal: float, noise: float) -> float | None:

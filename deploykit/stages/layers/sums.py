@@ -13,11 +13,11 @@ from deploykit.activations import Activations, open_model
 from deploykit.children import report_progress
 from deploykit.errors import InputError
 from deploykit.histogram import sampled_row
+from deploykit.quantized_layers import View
 from deploykit.samples import Samples
 from deploykit.signature import Feeds
 from deploykit.stages.layers.match import Match
 from deploykit.stages.layers.statistics import Error, Rounding, Spread
-from deploykit.stages.layers.view import View
 
 if TYPE_CHECKING:
     import onnx

@@ -1,0 +1,106 @@
+"""Why an engine is no faster: its runtime's own profile, taken in a child process and explained."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from deploykit import backends, children, data, machine, preprocess
+from deploykit.artifact import Artifact
+from deploykit.errors import InputError, MissingBackend
+from deploykit.kernel_profile import KINDS
+from deploykit.pipeline import engines, single
+from deploykit.pipeline.request import DataRequest, Narrator
+from deploykit.preprocess import Preprocess
+from deploykit.session import OpenRequest
+from deploykit.signature import ShapeRange
+from deploykit.stages import bottleneck
+from deploykit.stages.bottleneck import Explanation
+
+POOL = 4  # different inputs
+PROFILE_TIMEOUT_S = 600.0
+
+
+def explain(
+    path: Path,
+    backend_name: str | None,
+    request: DataRequest,
+    shapes: Mapping[str, ShapeRange],
+    narrator: Narrator,
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+) -> Explanation:
+    """The explanation of the engine or .onnx file at `path`; a backend must be named for an .onnx file alone, and an engine
+    has its own. Without data random inputs serve: the time hardly depends on them.
+
+    Raises InputError for a folder of several engines, a file of another backend's, data that do not fit; MissingBackend.
+    """
+    engine, name, own = _engine(path, backend_name)
+    backend = backends.get(name)
+    missing = backend.missing() or backend.cannot_run()
+    if missing is not None:
+        raise MissingBackend(f"{path} cannot run here: {missing.why}", missing.remedy)
+    size = engine.signature.fixed_batch or batch
+    used = Preprocess.from_json(own["preprocess"]) if own.get("preprocess") else None  # type: ignore[arg-type]
+    if request.preprocess not in (None, "timm"):
+        used = preprocess.parse(request.preprocess)
+    spec = request.data or f"random:{POOL * size}"
+    samples = data.open(spec, engine.signature, preprocess=used, limit=POOL * size, shapes=shapes)
+    pool = [feeds for feeds, _ in samples.batches(size, pad=True)]
+    count = threads or children.available_threads()
+    narrator.step(f"profile {path.name} with {name}, batch {size}, {count} threads")
+    opened = OpenRequest(engine.precision, size, count, dict(shapes))
+    graph = engine.path if engine.path.suffix == ".onnx" else None
+    return children.run(
+        f"profile {path.name}",
+        bottleneck.explain,
+        *(name, engine, graph, opened, pool, machine.features(), platform.machine()),
+        threads=count,
+        timeout_s=PROFILE_TIMEOUT_S,
+    )
+
+
+def _engine(path: Path, backend_name: str | None) -> tuple[Artifact, str, Mapping[str, object]]:
+    found = engines.find(path)
+    if len(found) > 1:
+        raise InputError(f"{path} holds {len(found)} engines", f"name one, e.g. {found[0].path}")
+    if found:
+        made = str(found[0].options["backend"])
+        if backend_name not in (None, made):
+            raise InputError(f"{path} is an engine of {made}, not of {backend_name}", f"leave --backend out, or name {made}")
+        return found[0], made, found[0].facts
+    if backend_name is None:
+        raise InputError(f"{path} is an .onnx file, which several runtimes take", "name one: --backend onnxruntime or openvino")
+    model = single.open_model(path).artifact
+    return replace(model, precision="int8"), backend_name, model.facts
+
+
+def kind_rows(found: Explanation) -> list[list[str]]:
+    """what, kernels, milliseconds a run, share of the time; in the order of KINDS."""
+    p = found.profile
+    rows = []
+    for kind, what in KINDS.items():
+        kernels = p.of_kind(kind)
+        if kernels:
+            rows.append(
+                [what, str(len(kernels)), f"{sum(k.seconds for k in kernels) * 1e3:.3f}", f"{p.share(kernels) * 100:.1f} %"]
+            )
+    return rows
+
+
+def kernel_rows(found: Explanation, top: int) -> list[list[str]]:
+    """The `top` kernels that take most time: name, operator, precision, milliseconds a run, share, implementation."""
+    p = found.profile
+    slowest = sorted(p.kernels, key=lambda kernel: -kernel.seconds)[:top]
+    return [
+        [k.name, k.op, k.precision or "-", f"{k.seconds * 1e3:.3f}", f"{p.share([k]) * 100:.1f} %", k.detail or KINDS[k.kind]]
+        for k in slowest
+    ]
+
+
+def finding_rows(found: Explanation) -> list[list[str]]:
+    """share of the time, what was found, what to do."""
+    return [["" if f.share is None else f"{f.share * 100:.1f} %", f"{f.text} -> {f.remedy}"] for f in found.findings]

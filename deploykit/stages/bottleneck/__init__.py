@@ -1,0 +1,8 @@
+"""Why INT8 isn't faster: a runtime's profile read against the graph it was given."""
+
+from __future__ import annotations
+
+from deploykit.stages.bottleneck.api import Explanation, explain
+from deploykit.stages.bottleneck.causes import Finding
+
+__all__ = ["Explanation", "Finding", "explain"]
