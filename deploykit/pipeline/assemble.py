@@ -93,7 +93,7 @@ def _built(row: PlannedRow, engine: Artifact, results: Results | None) -> Row:
     elif isinstance(drift, DeploykitError):
         notes.append(f"its graph's accuracy could not be predicted on the CPU: {drift.message}")
     batches = engine.options.get("batches") or [row.batch]
-    notes.append(f"one engine for batch {min(batches)} to {max(batches)}; not validated on a GPU")
+    notes.append(f"one engine for batch {min(batches)} to {max(batches)}")
     return Row(
         row.name,
         row.backend,
@@ -128,7 +128,7 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
     drift = results.drifts.get(engine_id(row))
     if isinstance(drift, Drift):
         figures = drift.row_figures()
-        notes.extend(drift.notes)
+        notes.extend(note for note in drift.notes if note not in shared_notes(results))
     elif isinstance(drift, DeploykitError):
         notes.append(f"accuracy was not measured: {drift.message}")
     return Row(
@@ -158,6 +158,14 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
         notes="; ".join(dict.fromkeys(notes)),
         **figures,
     )
+
+
+def shared_notes(results: Results | None) -> tuple[str, ...]:
+    """What the accuracy of every row has in common, said once for the whole table."""
+    drifts = [] if results is None else [d for d in results.drifts.values() if isinstance(d, Drift) and not d.own]
+    if not drifts:
+        return ()
+    return tuple(note for note in drifts[0].notes if all(note in d.notes for d in drifts))
 
 
 def _reference_measurement(row: PlannedRow, results: Results) -> Measurement | None:

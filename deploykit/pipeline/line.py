@@ -298,7 +298,7 @@ def _build(model: _Model, samples: Shares, request: DataRequest, rows: RowsReque
     def table() -> Artifact:
         if request.calib_table is None and samples.calibrate is None:
             had = "no data was given" if samples.judge is None else "the only sample there is judges"
-            raise MissingBackend(f"INT8 needs samples to calibrate with, and {had}", "give more with --data, or --calib FILE")
+            raise MissingBackend(f"INT8 needs samples to calibrate with, and {had}", "give them with --data, or --calib FILE")
         if request.calib_table is not None:
             return prepare.given_table(shop, request.calib_table)
         assert samples.calibrate is not None
@@ -385,6 +385,7 @@ def _report(
     for name in {r.backend for m in models for r in m.rows}:
         versions.update(backends.get(name).versions())
     notes = list(dict.fromkeys(n for s in (samples.judge, samples.calibrate) if s is not None for n in s.notes))
+    notes.extend(note for note in assemble.shared_notes(results) if note not in notes)
     if samples.judge is None:
         notes.append("no data was given: accuracy was not measured; timed on random inputs")
     if results is not None and results.reused:
