@@ -118,11 +118,9 @@ class Workshop:
 
     @property
     def base_precision(self) -> str:
-        """The precision the given graph already has: int8 when it holds quantized nodes, else its weights'."""
-        ops = set(self.summary.get("ops", {}))
-        if ops & QUANTIZED_OPS:
-            return "int8"
-        return "fp16" if self.summary.get("weights_dtype") == "float16" else "fp32"
+        """The precision the given graph already has: int8 when it holds quantized nodes, else fp32; CPU backends compute
+        a graph in FP16 in FP32 too, and a GPU's FP16 row takes it as it is."""
+        return "int8" if set(self.summary.get("ops", {})) & QUANTIZED_OPS else "fp32"
 
     def keep(
         self,

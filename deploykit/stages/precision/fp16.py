@@ -13,6 +13,8 @@ from deploykit.stages.precision.int8 import quantized, told, write
 from deploykit.stages.precision.options import Int8Options
 
 if TYPE_CHECKING:
+    import onnx
+
     from deploykit.calibration_table import CalibrationTable
     from deploykit.stages.precision.bias import BiasDeltas
 
@@ -21,7 +23,8 @@ _DEFAULT = Int8Options()
 
 
 def to_fp16(path: Path, out: Path, table: CalibrationTable | None = None) -> Artifact:
-    """The FP16 form of a float model, unsaved; its inputs and outputs stay in float32.
+    """The FP16 form of a float model, unsaved; its inputs and outputs stay in float32. A model that is in FP16 already
+    stays as it is.
 
     What would overflow stays in float32, named in `facts`: constants beyond 65504, sums of squares and, with the model's
     calibration `table`, tensors that came within a factor of two of the limit. Weights that become zero are named too.
@@ -32,10 +35,14 @@ def to_fp16(path: Path, out: Path, table: CalibrationTable | None = None) -> Art
     if table is not None:
         table.require_match(model_sha256=digest)
     facts = HalfWriter(graph, None if table is None else table.observed).write()
-    if not facts["half_nodes"]:
+    if not facts["half_nodes"] and not _is_half(graph.model):
         raise InputError(f"no operator of {path.name} can compute in FP16", "use fp32 for this model")
     options: dict[str, Json] = {"keep_io": True, "calibration": None if table is None else table.fingerprint}
     return write(graph.model, out, precision="fp16", parent=path, options=options, facts=facts)
+
+
+def _is_half(model: onnx.ModelProto) -> bool:
+    return any(tensor.data_type == tensor.FLOAT16 for tensor in model.graph.initializer)
 
 
 def to_int8_fp16(

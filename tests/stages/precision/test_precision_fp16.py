@@ -132,3 +132,15 @@ def test_scales_of_int8_with_fp16_are_fp16_and_positive(tmp_path: Path) -> None:
             assert stored[n.input[1]].dtype == np.float16
             assert (stored[n.input[1]] > 0).all()
     assert {v.type.tensor_type.elem_type for v in [*made.graph.input, *made.graph.output]} == {TensorProto.FLOAT}
+
+
+def test_a_model_in_half_stays_as_it_is(tmp_path: Path) -> None:
+    made = model([conv("x", "y", "w")], [const("w", 4, 3, 3, 3)])
+    for value in [*made.graph.input, *made.graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    made.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(made.graph.initializer[0]).astype(np.float16), "w")
+    )
+    artifact = to_fp16(saved(made, tmp_path), tmp_path / "half.onnx")
+    assert artifact.signature == graphs.signature(made)
+    assert {t.data_type for t in onnx.load(str(tmp_path / "half.onnx")).graph.initializer} == {TensorProto.FLOAT16}
