@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -47,7 +48,20 @@ def main() -> None:
     """Runs the command line and ends the process with its exit code."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    for name in ("SIGTERM", "SIGHUP"):  # a cancelled CI job, a closed terminal: cleans up as Ctrl-C does
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _stop)
     sys.exit(run(arguments, debug=debug))
+
+
+_stopped_by = signal.SIGINT
+
+
+def _stop(number: int, _frame: object) -> None:
+    global _stopped_by
+    _stopped_by = signal.Signals(number)
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
@@ -55,6 +69,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         result = app(args=_with_config(arguments), standalone_mode=False, prog_name="deploykit")
         sys.stdout.flush()
+        if result == EXIT_INTERRUPTED:  # what typer makes of KeyboardInterrupt
+            return _interrupted()
         return result if isinstance(result, int) else 0
     except DeploykitError as exc:
         return _tell(exc, debug)
@@ -63,8 +79,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except _UsageProblem as exc:
         exc.show()  # type: ignore[attr-defined]  # every usage error has it
         return EXIT_INPUT
-    except typer.Exit as exc:  # typer makes one of Ctrl-C as well
-        return _interrupted() if exc.exit_code == EXIT_INTERRUPTED else int(exc.exit_code)
+    except typer.Exit as exc:
+        return int(exc.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -106,7 +122,7 @@ def _tell(exc: DeploykitError, debug: bool) -> int:
 
 def _interrupted() -> int:
     print("interrupted; nothing half-made was left, and finished steps are kept for next time", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    return 128 + _stopped_by  # SIGINT: EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
