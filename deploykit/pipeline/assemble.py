@@ -150,7 +150,7 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
         speedup=ratio.value if ratio else None,
         speedup_low=ratio.low if ratio else None,
         speedup_high=ratio.high if ratio else None,
-        size_bytes=engine.facts.get("weights_bytes") or engine.size_bytes,
+        size_bytes=_size_bytes(engine),
         peak_rss_bytes=measured.peak_rss_bytes,
         build_s=engine.facts.get("build_s"),
         clock=measured.clock,
@@ -158,6 +158,12 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
         notes="; ".join(dict.fromkeys(notes)),
         **figures,
     )
+
+
+def _size_bytes(engine: Artifact) -> int:
+    """Bytes of the engine; of a PyTorch source, which is a description, those of its FP32 weights."""
+    weights = engine.facts.get("params")
+    return 4 * int(weights) if engine.format == "source" and weights else engine.size_bytes
 
 
 def shared_notes(results: Results | None) -> tuple[str, ...]:

@@ -63,6 +63,7 @@ def cell(report: Report, row: Row, key: str) -> str:
         "size": lambda: size(row.size_bytes),
         "status": lambda: status(report, row),
         "model": lambda: row.name,
+        "precision": lambda: f"{row.precision} {row.device}" if row.device and row.device.startswith("sm") else row.precision,
         "threads": lambda: "" if row.threads is None else str(row.threads),
     }
     if key in figures:
