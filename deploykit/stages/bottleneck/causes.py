@@ -182,11 +182,11 @@ def _why_float(backend: str, kernel: Kernel, layers: Mapping[str, Layer], view: 
             "use 8-bit activations",
         )
     if backend == "onnxruntime":
-        return _why_float_onnx_runtime(layer)
+        return _why_float_onnx_runtime(layer, view)
     return "OpenVINO did not take its pairs for an integer kernel", "quantize with --layout cpu; compare with NNCF's graph"
 
 
-def _why_float_onnx_runtime(layer: Layer) -> tuple[str, str]:
+def _why_float_onnx_runtime(layer: Layer, view: View) -> tuple[str, str]:
     if layer.op == "ConvTranspose":
         return "ONNX Runtime's CPU provider has no integer ConvTranspose", "use --backend openvino, which has one"
     if layer.op == "Conv" and all(point.pair is None for point in layer.points):
@@ -206,6 +206,12 @@ def _why_float_onnx_runtime(layer: Layer) -> tuple[str, str]:
         return "int8 activations with uint8 weights: no kernel takes them", "use uint8 activations with int8 weights"
     if layer.op == "MatMul" and layer.weight is None:
         return "both of its operands are computed at run time, and its pairs were not fused", "quantize its result as well"
+    result = next((point for point in layer.points if point.pair is not None), None)
+    if result is not None and result.pair is not None and result.pair.dtype == "int8" and len(view.readers[result.read]) > 1:
+        readers = ", ".join(sorted({view.nodes[i].op_type for i in view.readers[result.read]}))
+        return f"its int8 result is read by several operators ({readers}), not all of which run in integers", (
+            "unsigned activations, and pairs around every operator: deploykit quantize --layout cpu"
+        )
     return "its pairs are there, but ONNX Runtime did not fuse them", "see `deploykit check`; quantize with --layout cpu"
 
 

@@ -81,15 +81,16 @@ def find(
     mine, its = quantized_layers.load(reference), quantized_layers.load(candidate)
     _require_same_inputs(mine, its, reference, candidate)
     found, missing = matches(mine, its)
-    if not found:
+    sums = Sums(mine, its, found)
+    if found:
+        sums.run(reference, candidate, samples, batch, count)
+    rows = {i: _row(i, match, mine, sums) for i, match in enumerate(found) if i not in sums.unlike}
+    if not rows:
         raise InputError(
             f"{candidate.name} has no Conv, Gemm or MatMul in common with {reference.name} ({len(its.layers)} there, "
             f"{len(mine.layers)} here)",
             "compare two graphs of one model: the float one and what was made of it",
         )
-    sums = Sums(mine, its, found)
-    sums.run(reference, candidate, samples, batch, count)
-    rows = {i: _row(i, match, mine, sums) for i, match in enumerate(found) if i not in sums.unlike}
     chosen = _coarsest(rows, found, mine, most_alone)
     measured = own.measure(mine, chosen, reference.name, samples, batch, count) if chosen else {}
     for i, row in rows.items():
