@@ -380,9 +380,9 @@ def proof_lines(made: Artifact) -> list[str]:
     lines = []
     if runs:
         batches = ", ".join(str(run["batch"]) for run in runs)
-        worst = max((o.get("max_abs_error", 0.0) for run in runs for o in run.get("outputs", {}).values()), default=0.0)
-        against = f" against {proof['against']}" if proof.get("against") else ""
-        lines.append(f"proven at batch {batches}{against}: largest error {worst:.2g} ({proof.get('tolerance', '')})")
+        errors = [o.get("max_abs_error", 0.0) for run in runs for o in run.get("outputs", {}).values()]
+        compared = f": largest error {max(errors):.2g} ({proof.get('tolerance', '')})" if errors else ""
+        lines.append(f"{'proven' if errors else 'runs'} at batch {batches}, against {proof.get('against', '?')}{compared}")
     return [*lines, *fact_lines(made)]
 
 

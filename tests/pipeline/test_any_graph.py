@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deploykit.backends.openvino_cpu import _really
 from deploykit.drift import Drift
 from deploykit.errors import DataError, MissingBackend, NotForThisGraph
 from deploykit.measurement import Measurement, Window
-from deploykit.pipeline import assemble, prepare
+from deploykit.pipeline import assemble, prepare, single
 from deploykit.pipeline.measuring import Results, engine_id
 from deploykit.pipeline.plan import PlannedRow
 from deploykit.pipeline.prepare import Workshop
@@ -80,6 +81,16 @@ def test_a_recurrent_model_with_a_scalar_input_runs_and_its_int8_rows_say_why_no
     for backend in ("onnxruntime", "openvino"):
         assert by[backend, "int8"]["status"] == "skipped"
         assert "can be quantized" in by[backend, "int8"]["reason"]
+
+
+def test_an_adopted_graph_is_said_to_run_and_to_be_held_against_nothing() -> None:
+    proof = {"against": "nothing: the graph is the source", "runs": [{"batch": 1, "finite": {"y": True}}]}
+    made = Artifact(Path("m.onnx"), "onnx", "fp32", Signature((), ()), "export", facts={"proof": proof})
+    assert single.proof_lines(made) == ["runs at batch 1, against nothing: the graph is the source"]
+    proof = {"against": "the source", "tolerance": "1e-4", "runs": [{"batch": 2, "outputs": {"y": {"max_abs_error": 3e-7}}}]}
+    assert single.proof_lines(replace(made, facts={"proof": proof})) == [
+        "proven at batch 2, against the source: largest error 3e-07 (1e-4)"
+    ]
 
 
 def test_a_precision_that_the_graph_cannot_have_is_no_failure_and_bad_data_is(tmp_path: Path) -> None:
