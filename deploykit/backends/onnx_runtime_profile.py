@@ -34,7 +34,7 @@ def profile(engine: Artifact, request: OpenRequest, pool: Sequence[Feeds]) -> Ke
     """
     opened.require_batch(engine.signature, request)
     sizes = {engine.signature.batch_symbol: request.batch} if engine.signature.batch_symbol else {}
-    names = {node.name for node in graph.load(engine.path).graph.node if node.name}
+    names = {name for node in graph.load(engine.path).graph.node for name in (node.name, *node.output) if name}
     with tempfile.TemporaryDirectory(prefix="deploykit-profile-") as folder:
         prefix = str(Path(folder) / "profile")
         session = onnx_runtime.create(engine.path, request.threads, {}, sizes, profile_prefix=prefix)
@@ -78,13 +78,14 @@ def _kernels(events: list[dict[str, Any]], warm: int, runs: int, names: set[str]
 
 
 def _source(name: str, names: set[str]) -> str:
-    """The graph's node that a fused one is named after: `conv_token_7`, `conv_nchwc`; '' where there is none."""
-    while name:
-        if name in names:
-            return name
-        cut = max(name.rfind(mark) for mark in ("_token_", "_nchwc", "/", "_"))
-        name = name[:cut] if cut > 0 else ""
-    return ""
+    """The graph's node (or its result, where nodes have no names) that a kernel is named after, `conv_token_7` or
+    `relu_nchwc`; '' where there is none."""
+    while name not in names:
+        cut = max(name.rfind(mark) for mark in ("_token_", "_nchwc"))
+        if cut <= 0:
+            return ""
+        name = name[:cut]
+    return name
 
 
 def _kind(op: str, types: list[str], results: list[str], in_graph: bool) -> str:

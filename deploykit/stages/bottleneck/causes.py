@@ -175,7 +175,9 @@ def _why_float(backend: str, kernel: Kernel, layers: Mapping[str, Layer], view: 
     if layer.data_pair is None:
         return "its weight is quantized, its input is not", "calibrate its input: weights alone save memory, not time"
     if layer.weight is not None and layer.weight_pair is None:
-        return "its input is quantized, its weight is not", "quantize the weights as well"
+        return "its input is quantized, its weight is left in float", (
+            "quantize the weight as well, or accept it where it was kept for the accuracy"
+        )
     if layer.data_pair.dtype in _WIDE:
         return (
             f"its activations have 16 bits ({layer.data_pair.dtype}): there is no integer kernel for them",
@@ -189,6 +191,10 @@ def _why_float(backend: str, kernel: Kernel, layers: Mapping[str, Layer], view: 
 def _why_float_onnx_runtime(layer: Layer, view: View) -> tuple[str, str]:
     if layer.op == "ConvTranspose":
         return "ONNX Runtime's CPU provider has no integer ConvTranspose", "use --backend openvino, which has one"
+    if layer.op == "Conv" and any(point.names[0] in view.outputs for point in layer.points if point.pair is None):
+        return "its result is the model's output, in float, and ONNX Runtime's integer Conv can only write integers", (
+            "a pair on the output would let it run in integers; --backend openvino needs none"
+        )
     if layer.op == "Conv" and all(point.pair is None for point in layer.points):
         return "its result is not quantized, and ONNX Runtime's integer Conv can only write integers", (
             "quantize for the CPU: deploykit quantize --layout cpu puts a pair behind each convolution (TensorRT's layout leaves "
