@@ -56,7 +56,7 @@ def compare(
     ] = False,
     alone: Annotated[
         str, typer.Option("--alone", help="How many layers to measure with no other quantized: a number, or 'all'.")
-    ] = "10",
+    ] = "64",
     html: Annotated[Path | None, typer.Option("--html", help="Plot the layers in this HTML file.")] = None,
     json_file: o.JsonFile = None,
 ) -> int:
@@ -90,8 +90,8 @@ def compare(
             say(line)
         if per_layer:
             show_rows("", ["layer", "operator", "sqnr_db", "own_db", "why"], found.layer_rows(), wrap=4)
-            for note in found.layer_notes:
-                say(f"note: {note}")
+            for line in found.layer_lines():
+                say(line)
     return EXIT_PASSED
 
 
@@ -181,7 +181,11 @@ def report(
     from deploykit.pipeline import delivery
 
     if against is not None:
-        show_comparison(*delivery.two_reports(folder, against))
+        before, after = delivery.two_reports(folder, against)
+        if json_file is not None:
+            show_json({"before": before.to_json(), "after": after.to_json()}, json_file)
+        if json_file != "-":
+            show_comparison(before, after)
         return EXIT_PASSED
     found, written = delivery.render_again(folder)
     show_report(found, json_file, [f"wrote {path}" for path in written])

@@ -43,6 +43,13 @@ class Comparison:
         """The comparison in words."""
         return [f"{self.candidate} against {self.reference}, {self.n} samples", *self.drift.lines()]
 
+    def layer_lines(self) -> list[str]:
+        """Which layers cost most by themselves, and what else to know of the layers."""
+        known = sorted((x for x in self.layers if x.own_sqnr_db is not None), key=lambda x: x.own_sqnr_db or 0.0)[:5]
+        most = ", ".join(f"{x.layer} {x.own_sqnr_db:.1f} dB" for x in known)
+        notes = [f"note: {note}" for note in self.layer_notes]
+        return [f"quantized alone, these cost the output most: {most}", *notes] if known else notes
+
     def layer_rows(self) -> list[list[str]]:
         """layer, operator, SQNR of its result, SQNR of the model's output with it alone quantized, why; worst first."""
         return [
