@@ -155,7 +155,10 @@ class Child:
         else:
             how = f"ended with code {code}"
         tail = self.log_tail()
-        return ChildDied(f"{self.name}: its process was {how} in {self._pending}" + (f"; last output: {tail}" if tail else ""))
+        return ChildDied(
+            f"{self.name}: its process was {how} in {self._pending}" + (f"; last output: {tail}" if tail else ""),
+            "run it again, with smaller batches where memory is short; finished steps are kept",
+        )
 
     def log_tail(self) -> str:
         """The last lines the child's native libraries printed."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from deploykit.artifact import Artifact
 from deploykit.drift import Drift
-from deploykit.errors import EXIT_BACKEND, EXIT_MISSING, EXIT_PASSED, DeploykitError, MissingBackend
+from deploykit.errors import EXIT_BACKEND, EXIT_MISSING, EXIT_PASSED, BackendFailed, DeploykitError, MissingBackend
 from deploykit.measurement import Measurement, speedup
 from deploykit.pipeline.engines import prediction_key
 from deploykit.pipeline.measuring import AA_SUFFIX, Results, engine_id
@@ -179,9 +179,14 @@ def _reference_measurement(row: PlannedRow, results: Results) -> Measurement | N
     return found if isinstance(found, Measurement) else None
 
 
-def exit_code(table: Sequence[Row], planned: Sequence[PlannedRow], request: RowsRequest) -> int:
-    """0, or 3 or 4 when a backend or precision asked for by name has no row that ran or was built here."""
+def exit_code(table: Sequence[Row], planned: Sequence[PlannedRow], request: RowsRequest, results: Results | None = None) -> int:
+    """0, or 3 or 4 when a backend or precision asked for by name has no row that ran or was built here; 4 too when such a
+    backend ran and then failed while its accuracy was measured."""
     codes = [EXIT_PASSED]
+    drifts = results.drifts if results is not None else {}
+    for row in planned:
+        if row.backend in (request.backends or ()) and isinstance(drifts.get(engine_id(row)), BackendFailed):
+            codes.append(EXIT_BACKEND)
     for field_name, named in (("backend", request.backends), ("precision", request.precisions)):
         for name in named or ():
             mine = [row for row in table if getattr(row, field_name) == name]

@@ -112,7 +112,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         tuple(entries),
         built,
         results,
-        assemble.exit_code(table, [r for m in models for r in m.rows], request.rows),
+        assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results),
         made=tuple(x for m in models if m.shop for x in m.shop.made),
         reused=tuple(x for m in models if m.shop for x in m.shop.reused),
         workshops=tuple(m.shop for m in models if m.shop),

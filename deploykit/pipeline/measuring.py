@@ -87,7 +87,13 @@ def take(
     found = store.find(folder_name, key)
     if found is not None:
         return replace(_read(found), references=references)
-    drifts = _accuracy([*entries, *predictions], judge, rows, threads, narrator) if judge is not None else {}
+    drifts: dict[str, Drift | DeploykitError] = {}
+    if judge is not None:
+        everything = [*entries, *predictions]
+        try:
+            drifts = _accuracy(everything, judge, rows, threads, narrator)
+        except BackendFailed as exc:  # the reference's: nothing can be judged, and the speed is measured all the same
+            drifts = {engine_id(e.row): exc for e in everything}
     speeds = _speed(entries, pools, rows, threads, narrator)
     results = Results(speeds, drifts, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), False, references)
     if not any(isinstance(x, DeploykitError) for x in [*speeds.values(), *drifts.values()]):

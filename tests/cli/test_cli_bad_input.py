@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 
 from deploykit.cli.main import run
+from deploykit.errors import ChildDied
 
 QUICK = ["--backend", "onnxruntime", "--precision", "fp32", "--batch", "1", "--duration", "smoke", "--threads", "1"]
 Cli = Callable[..., tuple[int, str]]
@@ -121,3 +122,23 @@ def test_a_run_that_cannot_be_written_leaves_the_one_before(cli: Cli, tmp_path: 
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert cli("run", "m.onnx", "-o", "new/out", *QUICK)[0] == 2
     assert not (tmp_path / "new" / "out").exists()
+
+
+def test_a_process_that_dies_while_the_reference_is_judged_leaves_the_speed(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise ChildDied("m onnxruntime fp32: its process was killed by SIGKILL")
+
+    monkeypatch.setattr("deploykit.stages.accuracy.measure", killed)
+    code, err = cli("bench", "m.onnx", *QUICK, "--data", "random:8", "--json", "report.json")
+    assert code == 4, err
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["images_per_s"] > 0
+    assert "accuracy was not measured" in row["notes"]
+
+
+def test_two_runs_beside_each_other_are_one_json_document(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("run", "m.onnx", "-o", "out", *QUICK)[0] == 0
+    assert run(["report", "out", "--compare", "out", "--json", "-"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"before", "after"}
