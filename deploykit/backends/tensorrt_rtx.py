@@ -193,8 +193,8 @@ def _rebuild(made: builder.Plan, artifact: Artifact, spec: builder.PlanSpec, opt
         return f"differs: {bytes_said}, and the second plan runs other layers: {table}"
     if spec.profiles:
         return (
-            f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes the builder numbers its "
-            "internal names in the order that its threads reach them"
+            f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes, numbers inside the builder's "
+            "internal names were seen to change from one build to the next"
         )
     return f"differs ({bytes_said}) with the same layers in the same precisions; the builder does not say why"
 
