@@ -129,6 +129,11 @@ def quantize(
     layout: Annotated[
         str, typer.Option(help="Where Q/DQ nodes go in static mode: cpu (ONNX Runtime, OpenVINO) or tensorrt.")
     ] = "cpu",
+    max_drop: Annotated[
+        str | None, typer.Option("--max-drop", help="Mixed: the largest drop in top-1, e.g. 0.5pp (needs labels).")
+    ] = None,
+    min_sqnr: o.MinSqnr = None,
+    min_agreement: o.MinAgreement = None,
     bias_correct: o.BiasCorrect = None,
     weight_scales: o.WeightScales = "max",
     reduce_range: o.ReduceRange = False,
@@ -137,21 +142,24 @@ def quantize(
     limit: o.Limit = None,
     shapes: o.Shapes = None,
 ) -> int:
-    """Precision written into the graph.
+    """Precision written into the graph. Mixed: the fewest and cheapest layers stay in float that meet a budget; exit code 1,
+    and the best there is, where none does.
 
     Example:  deploykit quantize model.onnx --mode static --data images/ -o model-int8.onnx
+              deploykit quantize model.onnx --mode mixed --min-sqnr 25 --data images/ -o model-mixed.onnx
     """
     from deploykit.pipeline import single
     from deploykit.pipeline.request import DataRequest
 
+    budget = parsing.budget(max_drop, min_sqnr, min_agreement)
     int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding)
-    request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8)
+    request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8, budget=budget)
     with Bar() as bar:
         made = single.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
     say(f"{out}: {made.precision}, {made.size_bytes / 1e6:.1f} MB")
     for line in single.fact_lines(made):
         say(line)
-    return EXIT_PASSED
+    return EXIT_PASSED if single.budget_met(made) else EXIT_FAILED
 
 
 def build_trt(

@@ -43,6 +43,12 @@ CalibN = Annotated[int, typer.Option("-n", "--calib-n", help="How many samples c
 Method = Annotated[str, typer.Option(help="Calibration: minmax, entropy, percentile or mse.")]
 CalibFile = Annotated[Path | None, typer.Option("--calib", help="A calibration table made by `deploykit calibrate`.")]
 Recalibrate = Annotated[bool, typer.Option("--recalibrate", help="Calibrate anew even where a table is kept.")]
+MinSqnr = Annotated[
+    float | None, typer.Option("--min-sqnr", help="Mixed: the least SQNR of the output against FP32, in dB, e.g. 25.")
+]
+MinAgreement = Annotated[
+    float | None, typer.Option("--min-agreement", help="Mixed: the least share of samples with FP32's top-1, e.g. 0.99.")
+]
 BiasCorrect = Annotated[
     bool | None,
     typer.Option(

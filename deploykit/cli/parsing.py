@@ -9,6 +9,7 @@ from deploykit.errors import InputError
 if TYPE_CHECKING:
     from deploykit.pipeline.request import Int8Request
     from deploykit.signature import ShapeRange, TensorSpec
+    from deploykit.stages.mixed import Budget
 
 
 def batches(text: str) -> tuple[int, ...]:
@@ -77,6 +78,16 @@ def count_or_all(text: str, option: str) -> int | None:
     if not text.isdecimal():
         raise InputError(f"{option} '{text}' is neither a whole number nor 'all'", f"example: {option} 10")
     return int(text)
+
+
+def budget(max_drop: str | None, min_sqnr: float | None, min_agreement: float | None) -> Budget | None:
+    """The budget of mixed precision; None where no limit was given."""
+    from deploykit.stages import gate
+    from deploykit.stages.mixed import Budget
+
+    if max_drop is None and min_sqnr is None and min_agreement is None:
+        return None
+    return Budget(gate.parse_drop(max_drop) if max_drop is not None else None, min_sqnr, min_agreement)
 
 
 def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str) -> Int8Request:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deploykit.signature import ShapeRange, TensorSpec
+from deploykit.stages.mixed import Budget
 
 DEFAULT_STORE = Path("engines")
 DEFAULT_BATCHES = (1, 8)
@@ -50,6 +51,7 @@ class DataRequest:
     calib_table: Path | None = None
     recalibrate: bool = False
     int8: Int8Request = field(default_factory=Int8Request)
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)

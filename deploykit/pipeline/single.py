@@ -186,11 +186,11 @@ def quantize_file(
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, LAYOUTS)
     _needs_suffix(out, ".onnx")
-    if mode == "mixed":
-        raise MissingBackend(
-            "--mode mixed is not in this version of deploykit", "use --mode static, then `deploykit compare` to see what it costs"
-        )
     model = open_model(path)
+    if mode == "mixed":
+        return _mixed_file(model, path, layout, out, request, narrator, shapes)
+    if request.budget is not None:
+        raise InputError(f"a budget goes with --mode mixed, not with {mode}", "add --mode mixed")
     table, recipe = _table(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
     narrator.step(f"quantize {path.name} {mode}")
     with scratch_beside(out) as folder:
@@ -214,6 +214,57 @@ def quantize_file(
             options={"mode": mode, "layout": layout, **made.options},
         )
         return deliver(made, out)
+
+
+def _mixed_file(
+    model: ModelFile,
+    path: Path,
+    layout: str,
+    out: Path,
+    request: DataRequest,
+    narrator: Narrator,
+    shapes: Mapping[str, ShapeRange],
+) -> Artifact:
+    """The mixed graph for the budget at `out`; whatever is best so far lies there already while the search goes on."""
+    from deploykit.pipeline import mixed
+    from deploykit.stages.mixed import Budget
+
+    budget = request.budget or Budget()  # which raises: there is none
+    if request.data is None:
+        raise InputError("mixed precision needs samples to calibrate and to tune on", "add --data DATA")
+    children.run("read", _require_float, path)
+    everything = open_data(model, request.data, request, shapes)
+    calibration, judge = data.split(everything, calib_n=request.calib_n + mixed.TUNE_N)
+    calibrate, tune = mixed.tuning_share(calibration)
+    recipe = Int8Recipe(request.int8, calibrate)
+    table = make_table(model, path, request, calibrate, narrator)
+    task = mixed.Task(path, layout, table, recipe, budget, tune, judge)
+    kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
+
+    def finished(made: Artifact) -> Artifact:
+        options = {"mode": "mixed", "layout": layout, "budget": budget.in_words(), **made.options}
+        return replace(made, parent=model.artifact.sha256, facts={**kept, **made.facts}, options=options)
+
+    with scratch_beside(out) as folder:
+
+        def better(made: Artifact) -> None:
+            copy = folder / "best"
+            shutil.rmtree(copy, ignore_errors=True)
+            copy.mkdir()
+            for name in [made.path.name, *made.companions]:
+                shutil.copyfile(made.path.parent / name, copy / (out.name if name == made.path.name else name))
+            deliver(finished(replace(made, path=copy / out.name)), out)
+
+        made = mixed.find(task, folder, out.with_name(out.name + ".search.json"), narrator, better)
+        better(made)
+        return artifacts.load(out)
+
+
+def _require_float(path: Path) -> None:
+    """Raises ModelError for a model that is quantized already; runs in a child process."""
+    from deploykit import graph, observation
+
+    observation.require_float(graph.load(path), path)
 
 
 def _table(
@@ -388,7 +439,16 @@ def proof_lines(made: Artifact) -> list[str]:
 
 def fact_lines(made: Artifact) -> list[str]:
     """The notes and warnings an artifact carries."""
-    return [f"note: {note}" for note in made.facts.get("notes", [])]
+    from deploykit.pipeline import mixed
+
+    found = mixed.lines(made) if "mixed" in made.facts else []
+    return [*found, *(f"note: {note}" for note in made.facts.get("notes", []))]
+
+
+def budget_met(made: Artifact) -> bool:
+    """Whether a mixed graph meets its budget; True for any other."""
+    search: Any = made.facts.get("mixed")
+    return search is None or bool(search["met"])
 
 
 def summary_line(path: Path, found: Checked) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from deploykit.stages.precision.bias import NothingToCorrect, bias_correct
+from deploykit.stages.precision.contributions import Contributions, contributions
 from deploykit.stages.precision.dynamic import to_int8_dynamic
 from deploykit.stages.precision.fp16 import to_fp16, to_int8_fp16
-from deploykit.stages.precision.int8 import to_int8
+from deploykit.stages.precision.int8 import planned, to_int8
 from deploykit.stages.precision.options import LAYOUTS, ROUNDINGS, WEIGHT_SCALES, Int8Options
+from deploykit.stages.precision.walk import open_session as literal_session
 
 __all__ = [
     "LAYOUTS",
     "ROUNDINGS",
     "WEIGHT_SCALES",
+    "Contributions",
     "Int8Options",
     "NothingToCorrect",
     "bias_correct",
+    "contributions",
+    "literal_session",
+    "planned",
     "predict_session_options",
     "to_fp16",
     "to_int8",

@@ -46,6 +46,15 @@ def to_int8(
     return write(model, out, precision="int8", parent=path, options=told(table, layout, options, corrections), facts=facts)
 
 
+def planned(path: Path, table: CalibrationTable, layout: str, options: Int8Options) -> tuple[FloatGraph, list[str]]:
+    """The float graph in normal form, and the names of the nodes that `to_int8` quantizes the weights of, in order."""
+    graph, digest = normal_form.load(path)
+    table.require_match(model_sha256=digest)
+    planner = plan_tensorrt if layout == "tensorrt" else plan_cpu
+    plan = planner.plan(graph, table.ranges, options.keep_float)
+    return graph, [graph.nodes[i].name for i in sorted(plan.weighted)]
+
+
 def quantized(
     path: Path,
     table: CalibrationTable,
