@@ -206,6 +206,18 @@ def _convert(program: torch.export.ExportedProgram, source: Source, opset: int) 
     return model
 
 
+def _complete_outputs(model: onnx.ModelProto) -> None:
+    """Gives outputs without a shape the inferred one: engines do not need it there, the standard and onnx.checker do."""
+    import onnx
+
+    if model.ByteSize() >= graph.MAX_INLINE_BYTES or all(v.type.tensor_type.HasField("shape") for v in model.graph.output):
+        return
+    inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.output}
+    for value in model.graph.output:
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.CopyFrom(inferred[value.name])
+
+
 def _check(model: onnx.ModelProto) -> None:
     import onnx
 
@@ -246,6 +258,7 @@ def _adopt(
         raise InputError("--opset cannot change an .onnx file", "export it again from the model it came from")
     assert spec.file is not None
     model = graph.load(spec.file)
+    _complete_outputs(model)
     _check(model)
     if outputs:
         export_graph.cut(model, outputs)

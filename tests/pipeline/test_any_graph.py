@@ -83,6 +83,43 @@ def test_a_recurrent_model_with_a_scalar_input_runs_and_its_int8_rows_say_why_no
         assert "can be quantized" in by[backend, "int8"]["reason"]
 
 
+def _matmul(path: Path, *, baked: bool = False, shape: list[int | str] | None = None) -> Path:
+    """x [batch, 2, 4] -> y [batch, 4]; `baked`: a Reshape holds the batch at 1."""
+    stored = [
+        numpy_helper.from_array(np.eye(8, 4, dtype=np.float32), "w"),
+        numpy_helper.from_array(np.array([1 if baked else 0, 8]), "shape"),
+    ]
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])]
+    given = [helper.make_tensor_value_info("x", F, ["batch", 2, 4])]
+    graph = helper.make_graph(nodes, "m", given, [helper.make_tensor_value_info("y", F, shape)], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def test_a_graph_that_bakes_its_batch_runs_at_that_batch_and_the_other_rows_say_so(tmp_path: Path) -> None:
+    _matmul(tmp_path / "baked.onnx", baked=True, shape=["batch", 4])
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(6, 2, 4)).astype(np.float32))
+    options = "--data data.npz --backend onnxruntime --precision fp32 --batch 1,2 --threads 1 --duration smoke -o out"
+    done = subprocess.run(
+        [sys.executable, "-m", "deploykit", "run", "baked.onnx", *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 4, done.stderr
+    rows = {r["batch"]: r for r in json.loads((tmp_path / "out" / "report.json").read_text())["rows"]}
+    assert rows[1]["status"] == "ok"
+    assert rows[2]["status"] == "failed"
+    assert "Reshape" in rows[2]["reason"]
+
+
+def test_an_output_without_a_shape_gets_the_inferred_one(tmp_path: Path) -> None:
+    given = SourceRequest(str(_matmul(tmp_path / "m.onnx")))
+    shop = prepare.open_source(given, Store(tmp_path / "store"), Silent(), batches=(1,))
+    assert shop.signature.outputs[0].shape[1:] == (4,)
+
+
 def test_an_adopted_graph_is_said_to_run_and_to_be_held_against_nothing() -> None:
     proof = {"against": "nothing: the graph is the source", "runs": [{"batch": 1, "finite": {"y": True}}]}
     made = Artifact(Path("m.onnx"), "onnx", "fp32", Signature((), ()), "export", facts={"proof": proof})
