@@ -46,6 +46,9 @@ look_commands.register(app)
 
 def main() -> None:
     """Runs the command line and ends the process with its exit code."""
+    # where a shell closed them (>&-): a file opened later would get their number
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     for name in ("SIGTERM", "SIGHUP"):  # a cancelled CI job, a closed terminal: cleans up as Ctrl-C does

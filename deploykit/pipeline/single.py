@@ -87,6 +87,8 @@ def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narra
 def _needs_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise InputError(f"-o {out} should end in {suffix}", f"example: -o {out.stem or 'model'}{suffix}")
+    if out.is_dir():
+        raise InputError(f"-o {out} is a folder", "name a file")
 
 
 @dataclass(frozen=True)

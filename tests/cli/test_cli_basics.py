@@ -105,3 +105,17 @@ def test_what_is_no_onnx_file_is_one_error(command: str, content: bytes, tmp_pat
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out.onnx").exists()
     assert not (tmp_path / "c.json").exists()
+
+
+def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
+    tiny_models.conv_net(tmp_path / "m.onnx")
+    command = f"{sys.executable} -m deploykit check m.onnx >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path: Path) -> None:
+    tiny_models.conv_net(tmp_path / "m.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    done = _run("quantize", "m.onnx", "--mode", "fp16", "-o", "folder.onnx", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: -o folder.onnx is a folder\n  -> name a file\n")
