@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit import graph as graphs
+from deploykit import qoperator
 
 if TYPE_CHECKING:
     import onnx
@@ -172,12 +173,13 @@ class View:
 
 
 def load(path: Path) -> View:
-    """The layers of an .onnx file, local functions inlined. Raises ModelError for a file that is no model."""
+    """The layers of an .onnx file, local functions inlined, integer operators rewritten as Q/DQ. Raises ModelError for a file that is no model."""
     import onnx.inliner
 
     model = graphs.load(path)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    qoperator.to_qdq(model)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     view = View(model, list(model.graph.node), stored, outputs=frozenset(v.name for v in model.graph.output))
     readers: dict[str, list[int]] = defaultdict(list)

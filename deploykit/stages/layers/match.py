@@ -51,7 +51,10 @@ def _by_name(layer: Layer, candidate: View, known: set[str], owner: dict[str, La
         for name in point.names:
             other = owner.get(name)
             if name in known and (other is None or _key(other) == _key(layer)):  # else a number that both exporters gave
-                return Match(layer, other, point, point.read, candidate.stand_in(name)[0], "name")
+                mine = point
+                if other is not None and point.kind == BARE and other.points[-1].kind == BARE and _saturates(other.points[-1]):
+                    mine = layer.points[-1]
+                return Match(layer, other, mine, mine.read, candidate.stand_in(name)[0], "name")
     return None
 
 
@@ -61,11 +64,14 @@ def _joined(layer: Layer, other: Layer, by: str) -> Match:
     A Relu that saturation does instead (zero is the lowest level) is in the candidate's dequantized tensor.
     """
     mine, its = layer.points[-1], other.points[-1]
-    if mine.kind != its.kind:
-        saturates = its.kind == BARE and its.pair is not None and its.pair.per_tensor and its.pair.reach[0] == 0.0
-        if not saturates:
-            mine, its = layer.bare, other.bare
+    if mine.kind != its.kind and not (its.kind == BARE and _saturates(its)):
+        mine, its = layer.bare, other.bare
     return Match(layer, other, mine, mine.read, its.read, by)
+
+
+def _saturates(point: Point) -> bool:
+    """Whether zero is the lowest level of its pair: what comes out has gone through a Relu."""
+    return point.pair is not None and point.pair.per_tensor and point.pair.reach[0] == 0.0
 
 
 def _by_position(reference: View, candidate: View, found: dict[int, Match], taken: set[int]) -> list[tuple[int, Layer]]:

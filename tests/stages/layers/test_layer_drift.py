@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 from quantizable_models import ZOO, const, conv, feeds_for, model, node, residual, run, sqnr_db, table_for
 
-from deploykit import data, quantized_layers
+from deploykit import data, qoperator, quantized_layers
 from deploykit import graph as graphs
 from deploykit.errors import DataError, InputError
 from deploykit.samples import Samples
@@ -128,6 +128,23 @@ def test_onnx_runtime_s_own_graph_with_its_relu_gone(tmp_path: Path, per_channel
     for row in report.layers:
         assert row.sqnr_db is not None and row.sqnr_db > 15
         assert row.own_sqnr_db is not None and row.own_sqnr_db > 20
+
+
+def test_onnx_runtime_s_operator_form_is_read_as_q_dq(tmp_path: Path) -> None:
+    path = saved(residual(), tmp_path)
+    out = peer(path, operators=True)
+    made, report = graphs.load(out), compared(path, out, most_alone=None)
+    other = compared(path, peer(path), most_alone=None)
+    assert len(report.layers) == 5
+    for row in report.layers:
+        assert row.sqnr_db == pytest.approx(by_name(other)[row.layer].sqnr_db, abs=2.0)
+        assert row.weights_sqnr_db == pytest.approx(by_name(other)[row.layer].weights_sqnr_db, abs=0.01)
+    feeds = feeds_for(made, 4)
+    wanted = run(made, feeds)[0]
+    assert qoperator.to_qdq(made) == 5
+    onnx.checker.check_model(made, full_check=True)
+    assert sqnr_db(wanted, run(made, feeds, literal=True)[0]) > 30
+    assert qoperator.to_qdq(graphs.load(path)) == 0
 
 
 def test_renamed_graphs_are_matched_by_place(tmp_path: Path) -> None:
