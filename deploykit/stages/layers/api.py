@@ -95,8 +95,9 @@ def find(
     chosen = _coarsest(rows, found, mine, most_alone)
     few = samples.take(range(min(len(samples), ALONE_SAMPLES)), samples.role)
     measured = own.measure(mine, chosen, reference.name, few, batch, count) if chosen else {}
+    least = min((part.sqnr_db for part in measured.values() if part.sqnr_db is not None), default=None)
     for i, row in rows.items():
-        rows[i] = _finished(row, measured.get(i), _why_not(mine, found[i]))
+        rows[i] = _finished(row, measured.get(i), _why_not(mine, found[i]), least)
     ranked = sorted(rows.values(), key=lambda row: _NEVER_WORSE if row.sqnr_db is None else row.sqnr_db)
     unlike = [found[i].layer for i in sorted(sums.unlike)]
     notes = [*sums.notes, *_notes(mine, its, missing, unlike, len(chosen), len(rows))]
@@ -162,12 +163,13 @@ def _why_not(mine: View, match: Match) -> str | None:
     return "the reference is quantized itself" if mine.quantized else alone.why_not(mine, match)
 
 
-def _finished(row: LayerDrift, measured: own.Own | None, why_not: str | None) -> LayerDrift:
+def _finished(row: LayerDrift, measured: own.Own | None, why_not: str | None, least_db: float | None) -> LayerDrift:
     """The row with its own contribution, or why there is none, and whether its error came from before."""
     alone_db = None if measured is None else measured.sqnr_db
     why = measured.why if measured is not None else why_not or "not among the coarsest layers"
-    before = reasons.of_error(_local(row), row.sqnr_db, row.quantized)
-    return replace(row, own_sqnr_db=alone_db, own_why=why, reasons=(*row.reasons, *before))
+    costs = reasons.of_cost(_local(row), alone_db, least_db)
+    before = [] if costs else reasons.of_error(_local(row), row.sqnr_db, row.quantized)
+    return replace(row, own_sqnr_db=alone_db, own_why=why, reasons=(*row.reasons, *costs, *before))
 
 
 def _notes(mine: View, its: View, missing: Sequence[Layer], unlike: Sequence[Layer], measured: int, whole: int) -> list[str]:

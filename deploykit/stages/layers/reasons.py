@@ -141,6 +141,19 @@ def of_error(local_db: float | None, sqnr_db: float | None, quantized: bool) -> 
     return []
 
 
+def of_cost(local_db: float | None, own_db: float | None, least_db: float | None) -> list[Reason]:
+    """Whether a layer is among those that cost the output most (within 6 dB of the worst, half the amplitude) though its
+    own rounding is fine (10 dB above): the layers after it enlarge the error."""
+    if local_db is None or own_db is None or least_db is None or own_db > least_db + 6.0 or local_db < own_db + 10.0:
+        return []
+    return [
+        Reason(
+            "amplified",
+            f"its own rounding leaves {local_db:.1f} dB, of which the layers after it make {own_db:.1f} dB at the output",
+        )
+    ]
+
+
 def together(*parts: float | None) -> float | None:
     """The SQNR of several independent roundings, -10 log10(sum of 10^(-dB / 10)); None where none is known."""
     known = [part for part in parts if part is not None]

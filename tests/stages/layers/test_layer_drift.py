@@ -15,7 +15,7 @@ from deploykit import graph as graphs
 from deploykit.errors import DataError, InputError
 from deploykit.samples import Samples
 from deploykit.stages import layers
-from deploykit.stages.layers import LayerDrift, LayerReport
+from deploykit.stages.layers import LayerDrift, LayerReport, reasons
 from deploykit.stages.precision import to_fp16, to_int8, to_int8_dynamic
 
 
@@ -332,6 +332,13 @@ def test_error_from_the_layers_before_is_called_so(tmp_path: Path) -> None:
     assert "inherited" in codes(report, "conv_c3")
     assert "inherited" not in codes(report, "conv_c1")
     assert min(report.layers, key=lambda row: row.own_sqnr_db or 99).layer == "conv_c1"
+
+
+def test_fine_rounding_that_later_layers_enlarge() -> None:
+    assert [r.code for r in reasons.of_cost(40.0, 16.0, 15.0)] == ["amplified"]
+    assert not reasons.of_cost(40.0, 25.0, 15.0)  # others cost far more
+    assert not reasons.of_cost(20.0, 16.0, 15.0)  # its own rounding is coarse
+    assert not reasons.of_cost(40.0, None, 15.0)
 
 
 def test_a_pair_s_reach_and_levels() -> None:
