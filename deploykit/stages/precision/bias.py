@@ -126,7 +126,9 @@ def deltas(
             f"{quantized_path.name} holds no layer of {path.name} whose bias could be corrected", "give the model it is of"
         )
     count = affordable(graph.model, min(limit, len(samples)))
-    feeds = [dict(batch) for batch, _ in samples.take(range(count), samples.role).batches(_BATCH)]
+    fixed = samples.signature.fixed_batch  # such a graph takes whole batches: the last sample counts again
+    chosen = samples.take(range(count), samples.role).batches(fixed or _BATCH, pad=fixed is not None)
+    feeds = [dict(batch) for batch, _ in chosen]
     report_progress("bias correction", 0.0)
     means = _float_means(graph, wanted, feeds, threads)
     roundable = _roundable(graph, wanted) if options.rounding == "gptq" else {}

@@ -124,3 +124,13 @@ def test_no_samples_is_an_error(tmp_path: Path) -> None:
     empty = samples_of(made).take((), "calibrate")
     with pytest.raises(InputError, match="needs calibration samples"):
         bias_correct(path, table_for(path), "cpu", empty, out)
+
+
+def test_a_graph_with_a_fixed_batch_is_corrected_on_whole_batches(tmp_path: Path) -> None:
+    made = residual()
+    samples = samples_of(made, 6)
+    for value in [*made.graph.input, *made.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    path, samples = saved(made, tmp_path), replace(samples, signature=graphs.signature(made))
+    found = bias_correct(path, table_for(path, batch=4), "cpu", samples, tmp_path / "fixed.onnx")
+    assert found.signature.fixed_batch == 4
