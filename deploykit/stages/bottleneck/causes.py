@@ -191,6 +191,11 @@ def _why_float(backend: str, kernel: Kernel, layers: Mapping[str, Layer], view: 
 def _why_float_onnx_runtime(layer: Layer, view: View) -> tuple[str, str]:
     if layer.op == "ConvTranspose":
         return "ONNX Runtime's CPU provider has no integer ConvTranspose", "use --backend openvino, which has one"
+    pairs = [pair for pair in (layer.data_pair, *(point.pair for point in layer.points)) if pair is not None]
+    if any(not pair.per_tensor for pair in pairs):  # NNCF 3 does so around depthwise convolutions
+        return "its input or result has a scale for each channel, and ONNX Runtime's integer kernels take one for all", (
+            "quantize activations per tensor, as deploykit quantize --layout cpu does"
+        )
     if layer.op == "Conv" and any(point.names[0] in view.outputs for point in layer.points if point.pair is None):
         return "its result is the model's output, in float, and ONNX Runtime's integer Conv can only write integers", (
             "a pair on the output would let it run in integers; --backend openvino needs none"

@@ -215,6 +215,22 @@ def test_a_backend_without_a_profile_is_named(tmp_path: Path) -> None:
         bottleneck.explain("torch", engine, path, OpenRequest("int8", 1, 1), [], AMX, "x86_64")
 
 
+def test_activations_with_a_scale_a_channel_have_no_kernel_in_onnx_runtime(tmp_path: Path) -> None:
+    made = onnx.load(str(int8(saved(softplus_between(), tmp_path))))
+    for found in made.graph.node:
+        if found.op_type in ("QuantizeLinear", "DequantizeLinear") and found.input[1] == "x_scale":
+            found.attribute.append(helper.make_attribute("axis", 1))
+    for stored in made.graph.initializer:
+        if stored.name in ("x_scale", "x_zero_point"):
+            stored.CopyFrom(numpy_helper.from_array(np.repeat(numpy_helper.to_array(stored).reshape(1), 3), stored.name))
+    # ONNX Runtime 1.31 fails on this very graph, and leaves depthwise convolutions in float: the profile is written here
+    seen = profile(kernel("conv_a", "float", 1.0))
+    found = judge(seen, quantized_layers.load(saved(made, tmp_path, "channels.onnx")), AMX, "x86_64")
+    assert "a scale for each channel" in text(found, "float-layer")
+    found = judge(seen, quantized_layers.load(tmp_path / "int8-cpu.onnx"), AMX, "x86_64")
+    assert "a scale for each channel" not in text(found, "float-layer")
+
+
 def test_sixteen_bit_activations_have_no_integer_kernel(tmp_path: Path) -> None:
     path = int8(saved(softplus_between(), tmp_path))
     made = onnx.load(str(path))
