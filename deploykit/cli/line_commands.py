@@ -17,6 +17,7 @@ from deploykit.cli.terminal import Bar
 if TYPE_CHECKING:
     from deploykit.pipeline.line import LineRequest
     from deploykit.pipeline.request import Int8Request
+    from deploykit.stages.mixed import Budget
 
 
 def register(app: typer.Typer) -> None:
@@ -49,6 +50,8 @@ def run(
     calib: o.CalibFile = None,
     calib_n: o.CalibN = 512,
     method: o.Method = "minmax",
+    min_sqnr: o.MinSqnr = None,
+    min_agreement: o.MinAgreement = None,
     bias_correct: o.BiasCorrect = None,
     weight_scales: o.WeightScales = "max",
     reduce_range: o.ReduceRange = False,
@@ -89,6 +92,7 @@ def run(
         calib,
         recalibrate,
         parsing.int8(bias_correct, weight_scales, reduce_range, rounding),
+        parsing.budget(max_drop if _asks_mixed(precision) else None, min_sqnr, min_agreement),
         backend,
         precision,
         batch,
@@ -131,6 +135,8 @@ def bench(
     calib: o.CalibFile = None,
     calib_n: o.CalibN = 512,
     method: o.Method = "minmax",
+    min_sqnr: o.MinSqnr = None,
+    min_agreement: o.MinAgreement = None,
     bias_correct: o.BiasCorrect = None,
     weight_scales: o.WeightScales = "max",
     reduce_range: o.ReduceRange = False,
@@ -165,6 +171,7 @@ def bench(
         calib,
         False,
         parsing.int8(bias_correct, weight_scales, reduce_range, rounding),
+        parsing.budget(None, min_sqnr, min_agreement),
         backend,
         precision,
         batch,
@@ -183,6 +190,10 @@ def bench(
     return result.exit_code
 
 
+def _asks_mixed(precision: str | None) -> bool:
+    return "mixed" in (parsing.names(precision) or ())
+
+
 def _request(
     origins: tuple[object, ...],
     data: str | None,
@@ -195,6 +206,7 @@ def _request(
     calib: Path | None,
     recalibrate: bool,
     int8: Int8Request,
+    budget: Budget | None,
     backend: str | None,
     precision: str | None,
     batch: str,
@@ -214,7 +226,7 @@ def _request(
     parsing.positive(threads, "--threads")
     return LineRequest(
         targets=tuple(origin for origin in origins if isinstance(origin, SourceRequest)),
-        data=DataRequest(data, calib_data, preprocess, classes, limit, calib_n, method, calib, recalibrate, int8),
+        data=DataRequest(data, calib_data, preprocess, classes, limit, calib_n, method, calib, recalibrate, int8, budget),
         rows=RowsRequest(
             parsing.names(backend),
             parsing.names(precision),

@@ -23,7 +23,7 @@ from deploykit.errors import (
     StaleCalibration,
     UnknownName,
 )
-from deploykit.pipeline import assemble, engines, measuring, prepare
+from deploykit.pipeline import assemble, engines, measuring, mixed, prepare
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names, plan
@@ -35,6 +35,7 @@ from deploykit.row import Row
 from deploykit.samples import Samples
 from deploykit.signature import Feeds, ShapeRange, Signature
 from deploykit.stages import bench
+from deploykit.stages.mixed import Budget
 from deploykit.store import Store
 
 _CALIBRATED = ("int8-cpu", "int8-tensorrt", "int8-dynamic", "mixed")
@@ -190,6 +191,7 @@ class Shares:
 
     judge: Samples | None = None
     calibrate: Samples | None = None
+    tune: Samples | None = None  # of a mixed row's search
 
 
 def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
@@ -211,13 +213,32 @@ def _samples(model: _Model, request: DataRequest, rows: RowsRequest) -> Shares:
     if calib is None and (not _calibrates(model) or len(everything) == 1):
         held_out = data.held_out(everything, exclude=_trained_on(model, everything))
         return Shares(held_out, None)
-    calibrate, judge = data.split(everything, calib=calib, calib_n=request.calib_n, exclude=_trained_on(model, everything))
-    return Shares(judge, calibrate)
+    searches = _searches(model)
+    wanted = request.calib_n + (mixed.TUNE_N if searches else 0)
+    calibrate, judge = data.split(everything, calib=calib, calib_n=wanted, exclude=_trained_on(model, everything))
+    if not searches:
+        return Shares(judge, calibrate)
+    return Shares(judge, *mixed.tuning_share(calibrate))
 
 
 def _calibrates(model: _Model) -> bool:
     """Whether a row to come needs calibration samples."""
     return any(not row.skip and backends.get(row.backend).graph(row.precision) in _CALIBRATED for row in model.rows)
+
+
+def _searches(model: _Model) -> bool:
+    """Whether a row to come is mixed precision on a budget, which samples of its own tune."""
+    return any(not row.skip and backends.get(row.backend).graph(row.precision) == "mixed" for row in model.rows)
+
+
+def _aim(model: _Model, samples: Shares, request: DataRequest) -> mixed.Aim | None:
+    """What a mixed row is to keep; None without such a row. Raises InputError where nothing says it, or nothing can tune it."""
+    if not _searches(model):
+        return None
+    budget = request.budget or Budget()  # which raises: there is none
+    if samples.tune is None:
+        raise InputError("mixed precision needs samples to calibrate and to tune on", "add --data DATA")
+    return mixed.Aim(budget, samples.tune)
 
 
 def _needs_class_order(model: _Model, samples: Samples) -> None:
@@ -305,12 +326,13 @@ def _build(model: _Model, samples: Shares, request: DataRequest, rows: RowsReque
         return prepare.calibrate(shop, samples.calibrate, request)
 
     recipe = Int8Recipe(request.int8, samples.calibrate) if _calibrates(model) else None
+    aim = _aim(model, samples, request)
     wanted: dict[tuple[str, str, str, str], tuple[PlannedRow, Artifact]] = {}
     for row in model.rows:
         if row.skip or row.engine_key in model.built or row.engine_key in wanted:
             continue
         try:
-            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table, recipe))
+            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table, recipe, aim))
         except (DataError, OutOfSpace, StaleCalibration):
             raise  # the user's to mend, and no row's own
         except DeploykitError as exc:

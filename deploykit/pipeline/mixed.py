@@ -32,6 +32,7 @@ TUNE_N = 256
 RANK_N = 16
 TIMEOUT_S = 1800.0
 MARGIN_DB = 0.3  # the tuning samples are not those that judge
+DURATION = "quick"  # of the speed measured at the end
 _BATCH = 8
 
 
@@ -57,6 +58,14 @@ class Task:
         for file in code:
             digest.update(file.read_bytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a mixed row is to keep, and the samples that the search tunes on."""
+
+    budget: Budget
+    tune: Samples
 
 
 def tuning_share(samples: Samples) -> tuple[Samples, Samples]:
@@ -279,7 +288,7 @@ def _speed(
         targets.append(bench.Target(precision, name, kept.path, request, "mixed", precision == "fp32"))
     wanted = [i % len(task.tune) for i in range(4 * batch)]
     pools = {batch: [feeds for feeds, _ in task.tune.take(wanted, "tune").batches(batch, pad=True)]}
-    found = bench.measure(targets, pools, bench.duration("quick"), progress=narrator.progress)
+    found = bench.measure(targets, pools, bench.duration(DURATION), progress=narrator.progress)
     doc: dict[str, Any] = {"backend": name, "batch": batch}
     for precision, result in found.items():
         if isinstance(result, Measurement):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,8 +24,9 @@ from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import BackendFailed, DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
 from deploykit.observation import INTEGER
-from deploykit.pipeline import int8
+from deploykit.pipeline import int8, mixed
 from deploykit.pipeline.int8 import Int8Recipe
+from deploykit.pipeline.mixed import Aim, Task
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
@@ -48,7 +50,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
         *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
         *("graph.py", "data/*.py", "preprocess.py"),
     ),
-    "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py"),
+    "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
     "engine": ("session.py", "pipeline/prepare.py"),
     "measure": (
         "hosted.py",
@@ -296,18 +298,20 @@ def _digest_of(path: Path) -> str:
     return graph.digest(graph.load(path))
 
 
-def graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe | None = None) -> Artifact:
-    """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic. Raises NotForThisGraph where the
+def graph_for(
+    shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe | None = None, aim: Aim | None = None
+) -> Artifact:
+    """The graph of a kind: source | fp32 | fp16 | int8-cpu | int8-tensorrt | int8-dynamic | mixed (with `aim`). Raises NotForThisGraph where the
     model cannot have that precision, and what `table` and the precision stage raise for other reasons."""
     try:
-        return _graph_for(shop, kind, table, recipe or Int8Recipe())
+        return _graph_for(shop, kind, table, recipe or Int8Recipe(), aim)
     except (DataError, OutOfSpace, StaleCalibration, UnknownName):
         raise  # the user's to mend: nothing that the graph is at fault for
     except InputError as exc:
         raise NotForThisGraph(exc.message, exc.remedy) from exc
 
 
-def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe) -> Artifact:
+def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe, aim: Aim | None) -> Artifact:
     from deploykit.stages import precision
 
     if kind == "source":
@@ -329,6 +333,25 @@ def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe:
         loaded = calibration_table.load(calibrated.path)
         layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
         make = lambda folder: shop.child(kind, int8.write, path, loaded, layout, rest, recipe, (), folder / "model.onnx")  # noqa: E731
+    elif kind == "mixed" and aim is not None:
+        calibrated = table()
+        task = Task(path, "cpu", calibration_table.load(calibrated.path), recipe, aim.budget, aim.tune)
+        options |= {
+            "table": calibrated.sha256,
+            "recipe": recipe.to_json(),
+            "budget": dataclasses.asdict(aim.budget),
+            "tune": task.mark,
+        }
+        notes = shop.store.root / f".search-{task.mark[:20]}.json"
+
+        def make(folder: Path) -> Artifact:
+            scratch = folder / "search"
+            scratch.mkdir()
+            best = mixed.find(task, scratch, notes, shop.narrator, lambda _: None)
+            for name in [best.path.name, *best.companions]:
+                os.replace(best.path.parent / name, folder / name)
+            shutil.rmtree(scratch)
+            return replace(best, path=folder / best.path.name, parent=parent)
     else:
         raise InputError(f"there is no graph of kind '{kind}'")
     shop.graphs[kind] = shop.keep("precision", kind, parent, options, make)

@@ -395,8 +395,14 @@ def _graph(
 ) -> Artifact:
     """The graph of that kind, made from the model file; the file itself where it has that precision already."""
     given = model.artifact
-    if kind == "fp32" or (kind.startswith("int8") and children.run("read", _is_quantized, given.path)):
+    quantized = kind == "mixed" or kind.startswith("int8")
+    if kind == "fp32" or (quantized and children.run("read", _is_quantized, given.path)):
         return given
+    if kind == "mixed":
+        raise InputError(
+            f"{given.path.name} is a float model, and mixed precision needs a search",
+            "make the graph first: deploykit quantize MODEL --mode mixed --min-sqnr 25 --data DATA -o mixed.onnx",
+        )
     table, recipe = None, Int8Recipe()
     if kind in ("int8-cpu", "int8-tensorrt"):
         table, recipe = _table(model, given.path, request, narrator, shapes)

@@ -204,14 +204,10 @@ class _Search:
             return low + max(1, (high - low) // 2 if met else round((high - low) ** 0.5))
         rest = [layer.noise for layer in self.order]
         left = sum(rest[len(last.kept) :])
-        if left <= 0.0:
-            return (low + high) // 2
-        scale = 10 ** (-sqnr / 10) / left
+        scale = 10 ** (-sqnr / 10) / max(left, 1e-30)
         wanted = 10 ** (-limit / 10)
-        for length in range(len(rest)):
-            if scale * sum(rest[length:]) <= wanted:
-                return length
-        return len(rest)
+        length = next((k for k in range(len(rest)) if scale * sum(rest[k:]) <= wanted), len(rest))
+        return length if low < length < high else (low + high) // 2
 
     def attempt(self, length: int) -> bool:
         """Whether the first `length` layers in float meet the budget."""

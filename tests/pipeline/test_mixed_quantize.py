@@ -1,0 +1,123 @@
+"""quantize and run with INT8's switches and with mixed precision on a budget, on a tiny real network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny_models
+
+pytest.importorskip("onnxruntime")
+
+from deploykit import artifact as artifacts
+from deploykit.errors import InputError, ModelError
+from deploykit.pipeline import line, mixed, single
+from deploykit.pipeline.request import DataRequest, Int8Request, RowsRequest, Silent, SourceRequest
+from deploykit.stages.mixed import Budget
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "DURATION", "smoke")
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    tiny_models.conv_net(tmp_path / "net.onnx")
+    rng = np.random.default_rng(3)
+    np.savez(tmp_path / "data.npz", x=rng.normal(size=(36, 3, 8, 8)).astype(np.float32), labels=rng.integers(0, 4, 36))
+    return tmp_path / "net.onnx"
+
+
+def quantize(net: Path, mode: str = "static", layout: str = "cpu", **changes: Any) -> artifacts.Artifact:
+    request = DataRequest(**{"data": str(net.parent / "data.npz"), "calib_n": 16, **changes})
+    return single.quantize_file(net, mode, layout, net.parent / "out.onnx", request, Silent(), {})
+
+
+def test_biases_are_corrected_wherever_there_are_samples(net: Path) -> None:
+    assert quantize(net).facts["bias_corrected_layers"]
+    assert quantize(net, layout="tensorrt").facts["bias_corrected_layers"]
+    assert not quantize(net, int8=Int8Request(bias_correct=False)).facts["bias_corrected_layers"]
+
+
+def test_switches_reach_the_graph(net: Path) -> None:
+    made = quantize(net, int8=Int8Request(True, "mse", True, "gptq"))
+    assert made.options["weight_scales"] == "mse" and made.options["rounding"] == "gptq" and made.facts["rounded_layers"]
+    weights = [t for t in onnx.load(str(made.path)).graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
+    assert weights and max(np.abs(onnx.numpy_helper.to_array(t).astype(int)).max() for t in weights) <= 63
+
+
+def test_correction_needs_samples(net: Path) -> None:
+    single.calibrate_file(
+        net, DataRequest(str(net.parent / "data.npz"), calib_n=8), net.parent / "calib.json", None, Silent(), {}
+    )
+    table = net.parent / "calib.json"
+    assert not quantize(net, data=None, calib_table=table).facts["bias_corrected_layers"]
+    for int8 in (Int8Request(bias_correct=True), Int8Request(rounding="gptq")):
+        with pytest.raises(InputError, match="needs calibration samples"):
+            quantize(net, data=None, calib_table=table, int8=int8)
+    with pytest.raises(InputError, match="no-bias-correct"):
+        quantize(net, int8=Int8Request(bias_correct=False, rounding="gptq"))
+
+
+def test_mixed_meets_its_budget_and_goes_on_from_what_it_has(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = quantize(net, "mixed", budget=Budget(min_sqnr_db=1.0))
+    found: Any = plain.facts["mixed"]
+    assert found["met"] and found["kept_in_float"] == [] and plain.precision == "int8"
+    limit = found["tuned"]["sqnr_db"] + 0.5
+    made = quantize(net, "mixed", budget=Budget(min_sqnr_db=limit))
+    doc: Any = made.facts["mixed"]
+    assert made.precision == "mixed" and doc["kept_in_float"] and doc["finished"]
+    assert doc["met"] == (doc["judged"]["sqnr_db"] >= limit)
+    assert doc["judged"]["n"] == 18 and doc["tuned"]["n"] == 6
+    assert doc["speed"]["share_of_int8"] > 0
+    assert any("layers in float" in text for text in single.fact_lines(made))
+    onnx.checker.check_model(str(made.path), full_check=True)
+    assert not [p for p in net.parent.iterdir() if p.name.startswith(".making")]
+
+    def never(*_: object) -> None:
+        raise AssertionError("evaluated again")
+
+    notes = json.loads((net.parent / "out.onnx.search.json").read_text())
+    monkeypatch.setattr(mixed, "contributions", never)
+    again: Any = quantize(net, "mixed", budget=Budget(min_sqnr_db=limit)).facts["mixed"]
+    assert again["kept_in_float"] == doc["kept_in_float"] and again["judged"] == doc["judged"]
+    assert json.loads((net.parent / "out.onnx.search.json").read_text()) == notes
+
+
+def test_a_budget_out_of_reach_gives_the_best_and_says_so(net: Path) -> None:
+    made = quantize(net, "mixed", budget=Budget(min_sqnr_db=119.0))
+    assert not single.budget_met(made)
+    assert any("NOT met" in text for text in single.fact_lines(made))
+    assert made.path.is_file()
+
+
+def test_bad_requests(net: Path) -> None:
+    with pytest.raises(InputError, match="budget"):
+        quantize(net, "mixed")
+    with pytest.raises(InputError, match="--mode mixed"):
+        quantize(net, "static", budget=Budget(min_sqnr_db=20.0))
+    with pytest.raises(InputError, match="data"):
+        quantize(net, "mixed", data=None, budget=Budget(min_sqnr_db=20.0))
+    quantize(net).path.rename(net.parent / "int8.onnx")
+    request = DataRequest(str(net.parent / "data.npz"), budget=Budget(min_sqnr_db=20.0))
+    with pytest.raises(ModelError, match="already quantized"):
+        single.quantize_file(net.parent / "int8.onnx", "mixed", "cpu", net.parent / "o.onnx", request, Silent(), {})
+    assert not (net.parent / "o.onnx").exists()
+
+
+def test_a_row_of_the_line(net: Path) -> None:
+    request = line.LineRequest(
+        (SourceRequest(str(net)),),
+        DataRequest(str(net.parent / "data.npz"), calib_n=16, budget=Budget(min_sqnr_db=25.0)),
+        RowsRequest(("onnxruntime",), ("fp32", "mixed"), (2,), threads=1, duration="smoke"),
+        net.parent / "engines",
+    )
+    row = next(r for r in line.run(request).report.rows if r.precision == "mixed")
+    assert row.status == "ok" and row.sqnr_db is not None and row.speedup
+    with pytest.raises(InputError, match="budget"):
+        line.run(line.LineRequest(request.targets, DataRequest(str(net.parent / "data.npz")), request.rows, net.parent / "other"))
