@@ -143,9 +143,9 @@ def deltas(
         if name in roundable:
             stored, _, scale = cut.weights()
             batches = [values[cut.node.input[0]] for values in live]
-            chosen = rounding.learnt(cut.node, roundable[name], scale, options.levels, batches)
-            cut.replace(stored, chosen)
-            integers[name] = (chosen, scale)
+            learnt = rounding.learnt(cut.node, roundable[name], scale, options.levels, batches)
+            cut.replace(stored, learnt)
+            integers[name] = (learnt, scale)
         advance(cut.part, live, cut.keep, threads)
         delta = (means[name] - _mean([values[cut.result] for values in live])).astype(np.float32)
         found[name] = delta
