@@ -1,8 +1,8 @@
 """deploykit: the fastest engine for the hardware at hand that keeps the accuracy, with the evidence.
 
-    import deploykit
-    with deploykit.open("out/engines/resnet18-openvino-int8") as engine:
-        outputs = engine.infer({"x": images})
+import deploykit
+with deploykit.open("out/engines/resnet18-openvino-int8") as engine:
+    outputs = engine.infer({"x": images})
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ def _tensor(name: str, array: np.ndarray) -> onnx.TensorProto:
     return numpy_helper.from_array(array.astype(np.float32), name)
 
 
-def conv_net(path: Path, *, batch: int | str = "batch", classes: int = 4, channels: int = 3, size: int = 8, seed: int = 0) -> Path:
+def conv_net(
+    path: Path, *, batch: int | str = "batch", classes: int = 4, channels: int = 3, size: int = 8, seed: int = 0
+) -> Path:
     """Conv-Relu-Conv-Add-Relu-GlobalAveragePool-Flatten-Gemm: input x [batch, channels, size, size], output logits [batch, classes]."""
     rng = np.random.default_rng(seed)
     width = 8

@@ -87,7 +87,9 @@ PrecisionNames = Annotated[
 ]
 TargetNames = Annotated[str | None, typer.Option("--target", help="GPU targets to build for, e.g. sm75,sm89 (T4, L4).")]
 Threads = Annotated[int | None, typer.Option(help="Threads of every row; default: every CPU this process may use.")]
-DurationName = Annotated[str, typer.Option("--duration", help="smoke (0.2 s a row), quick (3 to 6 s), standard (10 to 20 s) or mlperf (600 s).")]
+DurationName = Annotated[
+    str, typer.Option("--duration", help="smoke (0.2 s a row), quick (3 to 6 s), standard (10 to 20 s) or mlperf (600 s).")
+]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Where built artifacts are kept.")]
 Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure again even when nothing changed.")]
 AA = Annotated[bool, typer.Option("--aa", help="Add an A/A row: the reference again, in processes of its own.")]
