@@ -20,7 +20,7 @@ from deploykit.signature import Feeds, Outputs, Signature
 
 WARMUP_S = 0.2  # trtexec's default warm-up
 WARMUP_RUNS = 10
-WARMUP_MAX_S = 3.0
+WARMUP_MAX_S = 1.0
 WARMUP_AGREE = 0.03
 SETTLE_S = 0.05  # after a switch between children, caches and clocks belong to the other one
 
@@ -60,7 +60,7 @@ def open_bare(backend: str, engine: Artifact, request: OpenRequest) -> Opened:
 def bind_inputs(pool: list[Feeds]) -> float:
     """Binds a pool of different inputs and warms the session up; returns the warm-up's seconds.
 
-    Warm-up: at least 200 ms and 10 runs, then until two stretches of runs agree within 3 %, 3 s at most.
+    Warm-up: at least 200 ms and 10 runs, then until two stretches of runs agree within 3 %, 1 s at most.
     """
     global _calls, _next
     session = _open_session()

@@ -136,9 +136,17 @@ def bootstrap_ratio(ratios: Sequence[NDArray[np.float64]], *, resamples: int = 2
     """Median of all ratios, with a two-level percentile bootstrap (launches, then rounds within each)."""
     point = float(np.median(np.concatenate(list(ratios))))
     rng = np.random.default_rng(seed)
-    draws = np.empty(resamples)
-    for i in range(resamples):
-        chosen = rng.integers(0, len(ratios), len(ratios))
-        draws[i] = np.median(np.concatenate([rng.choice(ratios[c], len(ratios[c])) for c in chosen]))
+    sizes = np.array([len(r) for r in ratios])
+    padded = np.full((len(ratios), int(sizes.max())), np.nan)
+    for row, values in zip(padded, ratios, strict=True):
+        row[: len(values)] = values
+    chosen = rng.integers(0, len(ratios), (resamples, len(ratios)))
+    within = (rng.random((*chosen.shape, padded.shape[1])) * sizes[chosen][..., None]).astype(np.int64)
+    drawn = padded[chosen[..., None], within]
+    drawn[np.arange(padded.shape[1]) >= sizes[chosen][..., None]] = np.nan
+    ordered = np.sort(drawn.reshape(resamples, -1), axis=1)  # NaN sorts last
+    count = sizes[chosen].sum(axis=1)
+    middle = np.stack([(count - 1) // 2, count // 2], axis=1)
+    draws = np.take_along_axis(ordered, middle, axis=1).mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Ratio(point, float(min(low, point)), float(max(high, point)))
