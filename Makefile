@@ -9,7 +9,6 @@ DEMO_SOURCE := resnet18 --num-classes 10 --input x:float32:batchx3x32x32
 
 install: $(STAMP)
 
-# --no-compile: byte code is written when a module is first used, which saves half a minute here.
 $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/install.sh
 	touch $(STAMP)

@@ -15,4 +15,8 @@ fi
 extras="cpu,torch,timm,openvino,rtx,digits,dev"
 "$VENV/bin/python" -m pip install --quiet --no-compile --upgrade-strategy only-if-needed \
     -c constraints.txt -e ".[$extras]"
+# Byte code for what the child processes import, on all cores (13 s; pip's own, of everything, takes a minute). Without it
+# each of them compiles PyTorch anew where PYTHONDONTWRITEBYTECODE is set.
+skip='/(tests?|testing|triton|mypy|mypyc|setuptools|pip|timm|cuda|nvidia|hypothesis|pygments|networkx|_inductor|distributed)/'
+"$VENV/bin/python" -m compileall -j 0 -q -x "$skip" "$VENV"/lib/python3*/site-packages deploykit > /dev/null 2>&1 || true
 "$VENV/bin/deploykit" --version
