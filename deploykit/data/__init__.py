@@ -13,13 +13,13 @@ from deploykit.data.idx import is_idx_folder, open_idx
 from deploykit.data.images import EXTENSIONS, list_images, one_image, open_images
 from deploykit.data.npz import open_npz
 from deploykit.data.random_inputs import open_random
-from deploykit.data.split import calibration_share, held_out, limited, split, spread, train_share
+from deploykit.data.split import calibration_share, held_out, limited, split, train_share
 from deploykit.errors import DataError
 from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
 from deploykit.signature import ShapeRange, Signature
 
-__all__ = ["calibration_share", "held_out", "open", "split", "spread", "train_share"]
+__all__ = ["calibration_share", "held_out", "open", "split", "train_share"]
 
 KINDS = (
     "a folder with one sub-folder a class, a folder of images or one image, an .npz, a folder of IDX files, "

@@ -88,13 +88,6 @@ def train_share(samples: Samples, *, exclude: Collection[int] = ()) -> Samples:
     return pool.take(kept, "train")
 
 
-def spread(samples: Samples, count: int, *, role: str) -> Samples:
-    """`count` of the samples (all, where there are fewer), stratified by label. Raises DataError for a count below 1."""
-    if count < 1:
-        raise DataError(f"{count} samples are none", "use at least 1")
-    return samples.take(_order(samples)[:count], role)
-
-
 def limited(samples: Samples, limit: int) -> Samples:
     """At most `limit` samples, stratified (of an IDX folder: so many of each file), in the data set's order."""
     if limit < 1:

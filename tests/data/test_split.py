@@ -168,8 +168,8 @@ def test_a_limit_keeps_the_classes_and_of_idx_both_files() -> None:
         data.open("digits", SIGNATURE, limit=0)
 
 
-def test_spread_takes_from_every_class() -> None:
-    chosen = data.spread(samples_of(90), 9, role="calibrate")
+def test_a_calibration_share_takes_from_every_class() -> None:
+    chosen = data.calibration_share(samples_of(90), 9)
     assert chosen.role == "calibrate"
     assert np.bincount(chosen.labels).tolist() == [3, 3, 3]  # type: ignore[arg-type]
-    assert len(data.spread(samples_of(5), 9, role="calibrate")) == 5
+    assert len(data.calibration_share(samples_of(5), 9)) == 5
