@@ -70,7 +70,7 @@ def run(
 
     Example:  deploykit run resnet18 --weights none --num-classes 10 --data digits -o out
     """
-    from deploykit.pipeline import delivery, line
+    from deploykit.pipeline import delivery, gating, line
     from deploykit.pipeline.request import SourceRequest
     from deploykit.stages import gate
 
@@ -105,10 +105,10 @@ def run(
         store,
     )
     delivery.check_folder(out)
-    known = delivery.open_baseline(baseline, limits)
+    known = gating.open_baseline(baseline, limits)
     with Bar() as bar:
         result = line.run(request, bar)
-        report, verdict = delivery.judge(result, known, limits)
+        report, verdict = gating.judge(result, known, limits)
         delivery.deliver(report, result, out, bar)
     show_report(report, json_file, [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"])
     return verdict.exit_code if verdict is not None and verdict.exit_code else result.exit_code

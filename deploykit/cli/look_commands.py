@@ -151,13 +151,13 @@ def gate(
 
     Example:  deploykit gate out/report.json --baseline base/report.json --max-drop 0.5pp --max-slowdown 5%
     """
-    from deploykit.pipeline import delivery
+    from deploykit.pipeline import gating
     from deploykit.stages import gate as gates
 
     limits = gates.Limits(
         gates.parse_drop(max_drop) if max_drop else None, gates.parse_slowdown(max_slowdown) if max_slowdown else None
     )
-    verdict = delivery.gate(report_file, baseline, limits, junit)
+    verdict = gating.gate(report_file, baseline, limits, junit)
     if json_file is not None:
         show_json(verdict.to_json(), json_file)
     if json_file != "-":
