@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deploykit.artifact import Artifact, Json
+from deploykit.samples import Samples
 from deploykit.signature import Feeds, Outputs, ShapeRange, Signature
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "mixed")
@@ -26,13 +27,17 @@ class Missing:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What an engine is to be: precision by name, hardware target ('cpu', 'sm75', ...), batches, other axes' ranges."""
+    """What an engine is to be: precision by name, hardware target ('cpu', 'sm75', ...), batches, other axes' ranges.
+
+    `calibration`: the samples for a backend that quantizes by itself (its `graph` says 'source-calibrated'), else None.
+    """
 
     precision: str
     target: str = "cpu"
     batches: tuple[int, ...] = (1, 8)
     shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
     options: Mapping[str, Json] = field(default_factory=dict)
+    calibration: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,9 @@ class Backend(Protocol):
         ...
 
     def graph(self, precision: str) -> str:
-        """The graph it wants for a precision: 'source' | 'fp32' | 'fp16' | 'int8-cpu' | 'int8-tensorrt' | 'int8-dynamic'."""
+        """What it makes an engine of, for a precision: a graph ('fp32' | 'fp16' | 'int8-cpu' | 'int8-tensorrt' | 'int8-dynamic' |
+        'mixed'), or the PyTorch source: 'source', and 'source-calibrated' where it quantizes the source by itself, from
+        the samples in `BuildRequest.calibration`."""
         ...
 
     def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:

@@ -243,7 +243,7 @@ def build(
     """
     from deploykit import backends
     from deploykit.errors import UnknownName
-    from deploykit.pipeline import single
+    from deploykit.pipeline import building, single
     from deploykit.pipeline.request import DataRequest
     from deploykit.session import PRECISIONS, BuildRequest
 
@@ -255,7 +255,7 @@ def build(
         raise UnknownName("target", where, chosen.all_targets())
     wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes))
     with Bar() as bar:
-        made = single.build_file(
+        made = building.build_file(
             model, backend, wanted, out, DataRequest(data, None, preprocess, None, None, n, method, calib), bar
         )
     _engine_line(made)

@@ -12,7 +12,7 @@ from deploykit.artifact import Artifact
 from deploykit.errors import DeploykitError, InputError
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow
-from deploykit.pipeline.prepare import Workshop
+from deploykit.pipeline.workshop import Workshop
 
 _MANIFEST = ".manifest.json"
 

@@ -22,8 +22,8 @@ from deploykit.drift import Drift
 from deploykit.errors import BackendFailed, DeploykitError
 from deploykit.measurement import Measurement
 from deploykit.pipeline.plan import PlannedRow
-from deploykit.pipeline.prepare import stage_version
 from deploykit.pipeline.request import Narrator, RowsRequest
+from deploykit.pipeline.workshop import stage_version
 from deploykit.samples import Samples
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds, Outputs

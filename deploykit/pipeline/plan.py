@@ -121,7 +121,7 @@ def _judge(row: PlannedRow, kind: str, base: str, refused: Mapping[str, Finding]
     missing = backend.missing() or backend.unsupported(row.precision, row.target)
     if missing is not None:
         return replace(row, skip=str(missing), skip_code=EXIT_MISSING)
-    if backend.graph(row.precision) == "source" and kind not in _TORCH_KINDS:
+    if backend.graph(row.precision).startswith("source") and kind not in _TORCH_KINDS:
         why = f"{row.backend} runs PyTorch models, and this is an .onnx file; give the PyTorch source instead"
         return replace(row, skip=why, skip_code=EXIT_MISSING)
     if base not in ("fp32", row.precision):

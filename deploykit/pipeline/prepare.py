@@ -11,155 +11,31 @@ import importlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifact as artifacts
-from deploykit import backends, calibration_table, children
+from deploykit import backends, calibration_table
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import BackendFailed, DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
-from deploykit.observation import INTEGER
 from deploykit.pipeline import int8, mixed
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.mixed import Aim, Task
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
+from deploykit.pipeline.workshop import PACKAGE, Workshop
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
 from deploykit.source_spec import SourceSpec, changed_files
 from deploykit.source_spec import parse as parse_source
 from deploykit.stages.checks.summary import GraphSummary
-from deploykit.store import Key, Store, source_hash
+from deploykit.store import Store
 from deploykit.verdict import Finding
 
-STAGE_TIMEOUT_S = 1800.0
 _FULL_BYTES = 64 << 10
-_PACKAGE = Path(__file__).parent.parent
-
-# What each stage is made of: its version is a hash of these files.
-_CODE: Mapping[str, tuple[str, ...]] = {
-    "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py"),
-    "source": ("stages/export*.py", "stages/source*.py", "source_spec.py"),
-    "check": ("stages/checks/*.py", "graph.py"),
-    "calibrate": (
-        *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
-        *("graph.py", "data/*.py", "preprocess.py"),
-    ),
-    "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
-    "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py"),
-    "measure": (
-        "hosted.py",
-        "children.py",
-        "pipeline/measuring.py",
-        "backends/opened.py",
-        "backends/torch_source.py",
-        "stages/bench.py",
-        "stages/accuracy.py",
-        "measurement.py",
-        "drift*.py",
-        "paired.py",
-        "data/*.py",
-        "preprocess.py",
-    ),
-}
-_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "export": ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
-    "source": ("torch", "torchvision", "timm"),
-    "check": ("onnx", "onnxruntime"),
-    "calibrate": ("onnxruntime", "numpy", "pillow"),
-    "precision": ("onnx", "onnxruntime", "numpy"),
-}
-
-QUANTIZED_OPS = INTEGER
-
-
-def stage_version(stage: str, *more: Path) -> str:
-    """A hash of the source code that the stage is made of."""
-    files = [f for pattern in _CODE[stage] for f in sorted(_PACKAGE.glob(pattern))]
-    return source_hash(*files, *more)
-
-
-def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Versions of the installed ones of these packages, without importing them."""
-    found: dict[str, str] = {}
-    for name in names:
-        for wheel in (name, f"{name}-gpu") if name == "onnxruntime" else (name,):
-            try:
-                found[wheel] = metadata.version(wheel)
-            except metadata.PackageNotFoundError:
-                continue
-    return found
-
-
-@dataclass
-class Workshop:
-    """One model on its way through the stages: what is made is kept here and in the store."""
-
-    store: Store
-    narrator: Narrator
-    spec: SourceSpec
-    model: Artifact
-    source: Artifact | None
-    findings: tuple[Finding, ...] = ()
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    graphs: dict[str, Artifact] = field(default_factory=dict)
-    reused: list[str] = field(default_factory=list)
-    made: list[str] = field(default_factory=list)
-    tables: dict[str, Artifact] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The model's name: the table's first column and the store's folder."""
-        return self.spec.name
-
-    @property
-    def signature(self) -> Signature:
-        """The exported graph's signature."""
-        return self.model.signature
-
-    @property
-    def base_precision(self) -> str:
-        """The precision the given graph already has: int8 when it holds quantized nodes, else fp32; CPU backends compute
-        a graph in FP16 in FP32 too, and a GPU's FP16 row takes it as it is."""
-        return "int8" if set(self.summary.get("ops", {})) & QUANTIZED_OPS else "fp32"
-
-    def keep(
-        self,
-        stage: str,
-        what: str,
-        parent: str | None,
-        options: Mapping[str, Any],
-        build: Callable[[Path], Artifact],
-        *,
-        versions: Mapping[str, str] | None = None,
-        code: tuple[Path, ...] = (),
-        fresh: bool = False,
-    ) -> Artifact:
-        """The artifact of one stage, from the store or made now. With `fresh` an old one is dropped first."""
-        known = package_versions(_PACKAGES[stage]) if versions is None else dict(versions)
-        key = Key(what.replace(" ", "-"), stage_version(stage, *code), parent, options, known)
-        if fresh:
-            self.store.drop(self.name, key)
-
-        def fill(folder: Path) -> Artifact:
-            self.narrator.step(f"{what} ({self.name})")
-            start = time.perf_counter()
-            made = build(folder)
-            facts = {"build_s": time.perf_counter() - start, **made.facts}
-            return replace(made, options={**options, **made.options}, versions={**known, **made.versions}, facts=facts)
-
-        found, reused = self.store.make(self.name, key, fill)
-        (self.reused if reused else self.made).append(what)
-        return found
-
-    def child(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function(*args)` returns, run in a child process; its progress is told on."""
-        return children.run(what, function, *args, timeout_s=STAGE_TIMEOUT_S, progress=self.narrator.progress)
 
 
 def proof_batches(batches: tuple[int, ...]) -> tuple[int, ...]:
@@ -318,7 +194,7 @@ def graph_for(
 def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe, aim: Aim | None) -> Artifact:
     from deploykit.stages import precision
 
-    if kind == "source":
+    if kind.startswith("source"):
         if shop.source is None:
             raise InputError("this backend needs the PyTorch source", "give the source instead of an .onnx file")
         return shop.source
@@ -370,11 +246,13 @@ def engine(
     batches: tuple[int, ...],
     shapes: Mapping[str, ShapeRange],
     graph: Artifact,
+    calibration: Samples | None = None,
 ) -> Artifact:
-    """The engine of one (backend, precision, target), built in a child process. Raises what the backend raises."""
+    """The engine of one (backend, precision, target), built in a child process. `calibration`: the samples of a backend that
+    quantizes by itself. Raises what the backend raises."""
     backend = backends.get(backend_name)
-    request = BuildRequest(precision, target, batches, dict(shapes))
-    options = {
+    request = BuildRequest(precision, target, batches, dict(shapes), calibration=calibration)
+    options: dict[str, Any] = {
         "backend": backend_name,
         "precision": precision,
         "target": target,
@@ -382,8 +260,10 @@ def engine(
         "model": shop.name,
         "shapes": {name: [list(r.min), list(r.opt), list(r.max)] for name, r in shapes.items()},
     }
+    if calibration is not None:
+        options |= {"calibration": calibration.digest, "calibration_n": len(calibration)}
     module = Path(str(importlib.import_module(f"deploykit.backends.{backends.MODULES[backend_name]}").__file__))
-    extra = tuple(sorted((_PACKAGE / "trt").glob("*.py"))) if backend_name.startswith("tensorrt") else ()
+    extra = tuple(sorted((PACKAGE / "trt").glob("*.py"))) if backend_name.startswith("tensorrt") else ()
     what = f"{backend_name} {precision}" + ("" if target == "cpu" else f" {target}")
 
     def build(folder: Path) -> Artifact:

@@ -5,61 +5,30 @@ Each takes a file (with its manifest, where there is one) and delivers a file wi
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifact as artifacts
-from deploykit import backends, calibration_table, children, data, preprocess
+from deploykit import calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import BackendFailed, InputError, MissingBackend, UnknownName
+from deploykit.errors import InputError, UnknownName
 from deploykit.pipeline import int8, prepare
+from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
+from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
-from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
 from deploykit.source_spec import parse as parse_source
 from deploykit.verdict import Finding
 
-TIMEOUT_S = prepare.STAGE_TIMEOUT_S
 MODES = ("static", "dynamic", "fp16", "mixed")
 LAYOUTS = ("cpu", "tensorrt")
-
-
-@contextmanager
-def scratch_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder in the file system of `out`, gone afterwards. Raises InputError where nothing can be written."""
-    made_parent = not out.parent.exists()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".making-"))
-    except OSError as exc:
-        raise InputError(f"cannot write to {out.parent}: {exc.strerror}", "choose another place with -o") from exc
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if made_parent:
-            with suppress(OSError):
-                out.parent.rmdir()  # only when nothing came into it
-
-
-def deliver(made: Artifact, out: Path) -> Artifact:
-    """Moves an artifact out of its scratch folder to `out`, manifest last, so that a reader never finds half of it."""
-    manifest_path(out).unlink(missing_ok=True)
-    for name in made.companions:
-        os.replace(made.path.parent / name, out.parent / name)
-    os.replace(made.path, out)
-    return replace(made, path=out).save()
 
 
 def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narrator: Narrator) -> Artifact:
@@ -77,7 +46,7 @@ def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narra
             proof,
             request.opset,
             request.outputs,
-            timeout_s=TIMEOUT_S,
+            timeout_s=STAGE_TIMEOUT_S,
             progress=narrator.progress,
         )
         options = {"spec": spec.to_json(), "batches": list(proof), "opset": request.opset, "outputs": list(request.outputs or ())}
@@ -104,8 +73,8 @@ def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checke
     from deploykit.stages import checks
 
     narrator.step(f"check {path.name}")
-    findings = children.run("check", checks.find, path, tuple(targets), timeout_s=TIMEOUT_S, progress=narrator.progress)
-    summary = children.run("check", checks.summary, path, timeout_s=TIMEOUT_S)
+    findings = children.run("check", checks.find, path, tuple(targets), timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress)
+    summary = children.run("check", checks.summary, path, timeout_s=STAGE_TIMEOUT_S)
     return Checked(tuple(findings), prepare.summary_json(summary))
 
 
@@ -171,7 +140,13 @@ def calibrate_file(
     else:
         narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
         table = children.run(
-            "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
+            "calibrate",
+            prepare.collect_table,
+            path,
+            chosen,
+            request.method,
+            timeout_s=STAGE_TIMEOUT_S,
+            progress=narrator.progress,
         )
         table.save(out)
     if trt_cache is not None:
@@ -193,7 +168,7 @@ def quantize_file(
         return _mixed_file(model, path, layout, out, request, narrator, shapes)
     if request.budget is not None:
         raise InputError(f"a budget goes with --mode mixed, not with {mode}", "add --mode mixed")
-    table, recipe = _table(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
+    table, recipe = table_and_recipe(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
     narrator.step(f"quantize {path.name} {mode}")
     with scratch_beside(out) as folder:
         made: Artifact = children.run(
@@ -205,7 +180,7 @@ def quantize_file(
             table,
             recipe,
             folder / out.name,
-            timeout_s=TIMEOUT_S,
+            timeout_s=STAGE_TIMEOUT_S,
             progress=narrator.progress,
         )
         kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
@@ -269,7 +244,7 @@ def _require_float(path: Path) -> None:
     observation.require_float(graph.load(path), path)
 
 
-def _table(
+def table_and_recipe(
     model: ModelFile, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
 ) -> tuple[CalibrationTable, Int8Recipe]:
     """The ranges, given or made, and what else INT8 is made with: DATA, where given, corrects it too."""
@@ -292,7 +267,7 @@ def make_table(
         raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
     narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
     return children.run(
-        "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=TIMEOUT_S, progress=narrator.progress
+        "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
     )
 
 
@@ -305,131 +280,6 @@ def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None
         return precision.to_int8_dynamic(path, out)
     assert table is not None
     return int8.write(path, table, layout, "fp32", recipe, (), out)
-
-
-def build_file(
-    path: Path,
-    backend_name: str,
-    wanted: BuildRequest,
-    out: Path,
-    request: DataRequest,
-    narrator: Narrator,
-    *,
-    allow: bool = False,
-    explain: Path | None = None,
-) -> Artifact:
-    """One engine of an .onnx file in the folder `out`, with its manifest; `allow` builds what the backend would not vouch for.
-
-    `explain`: where to write the smallest part of the graph that still fails, when the build does.
-    """
-    backend = backends.get(backend_name)
-    missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
-    if missing is not None:
-        raise MissingBackend(f"{backend_name} {wanted.precision}: {missing.why}", missing.remedy)
-    kind = "fp32" if wanted.options.get("calibration") else backend.graph(wanted.precision)  # implicit INT8: the float graph
-    if kind == "source":
-        raise InputError(
-            f"{backend_name} runs PyTorch sources, not .onnx files", "give the source to `deploykit run` or `deploykit bench`"
-        )
-    model = open_model(path)
-    with scratch_beside(out / "engine") as folder:
-        graph = _graph(model, kind, folder / "graph.onnx", request, narrator, wanted.shapes)
-        narrator.step(f"build {backend_name} {wanted.precision} {wanted.target}")
-        start = time.perf_counter()
-        target_folder = folder / "built"
-        target_folder.mkdir()
-        try:
-            made: Artifact = children.run(
-                f"build {backend_name}",
-                prepare.build_engine,
-                backend_name,
-                graph,
-                wanted,
-                target_folder,
-                timeout_s=TIMEOUT_S,
-                progress=narrator.progress,
-            )
-        except BackendFailed as exc:
-            if explain is None:
-                raise
-            from deploykit.pipeline.explaining import explained
-
-            narrator.step("explain: looking for the smallest part of the graph that still fails")
-            raise explained(exc, backend_name, graph, wanted, explain) from exc
-        options = {
-            "backend": backend_name,
-            "precision": wanted.precision,
-            "target": wanted.target,
-            "batches": list(wanted.batches),
-            "model": path.stem,
-        }
-        made = replace(
-            made,
-            stage="engine",
-            precision=wanted.precision,
-            device=wanted.target,
-            parent=graph.sha256,
-            options={**made.options, **options},
-            versions={**made.versions, **backend.versions()},
-            facts={"build_s": time.perf_counter() - start, **made.facts},
-        )
-        name = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
-        return _deliver_engine(made, out / name)
-
-
-def _deliver_engine(made: Artifact, folder: Path) -> Artifact:
-    """The finished engine as a folder of its own; an older one of the same name is replaced in one step."""
-    made.save()
-    if folder.exists():
-        if not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
-            raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
-        old = folder.with_name(f".making-old-{folder.name}-{os.getpid()}")
-        os.rename(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
-    os.rename(made.path.parent, folder)
-    return artifacts.load(folder / made.path.name)
-
-
-def _graph(
-    model: ModelFile, kind: str, out: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
-) -> Artifact:
-    """The graph of that kind, made from the model file; the file itself where it has that precision already."""
-    given = model.artifact
-    quantized = kind == "mixed" or kind.startswith("int8")
-    if kind == "fp32" or (quantized and children.run("read", _is_quantized, given.path)):
-        return given
-    if kind == "mixed":
-        raise InputError(
-            f"{given.path.name} is a float model, and mixed precision needs a search",
-            "make the graph first: deploykit quantize MODEL --mode mixed --min-sqnr 25 --data DATA -o mixed.onnx",
-        )
-    table, recipe = None, Int8Recipe()
-    if kind in ("int8-cpu", "int8-tensorrt"):
-        table, recipe = _table(model, given.path, request, narrator, shapes)
-    made: Artifact = children.run(
-        kind, _make_graph, given.path, kind, table, recipe, out, timeout_s=TIMEOUT_S, progress=narrator.progress
-    )
-    return made.save()
-
-
-def _is_quantized(path: Path) -> bool:
-    from deploykit import graph
-
-    return bool({node.op_type for node in graph.load(path).graph.node} & prepare.QUANTIZED_OPS)
-
-
-def _make_graph(path: Path, kind: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
-    from deploykit.stages import precision
-
-    makers: dict[str, Callable[[], Artifact]] = {
-        "fp16": lambda: precision.to_fp16(path, out),
-        "int8-dynamic": lambda: precision.to_int8_dynamic(path, out),
-    }
-    if kind in makers:
-        return makers[kind]()
-    assert table is not None
-    layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
-    return int8.write(path, table, layout, rest, recipe, (), out)
 
 
 def proof_lines(made: Artifact) -> list[str]:

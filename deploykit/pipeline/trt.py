@@ -9,7 +9,7 @@ from pathlib import Path
 from deploykit import backends
 from deploykit.artifact import Artifact
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError, MissingBackend, UnknownName
-from deploykit.pipeline import single
+from deploykit.pipeline import building
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange
@@ -80,7 +80,7 @@ def build(request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator)
             options = {"allow_fallback": request.allow_fallback, **(implicit if precision == "int8" else {})}
             wanted = BuildRequest(precision, target, request.batches, dict(request.shapes), options)
             part = out / f"{request.model.stem}-{precision}-{target}-failing.onnx" if request.explain else None
-            engine = single.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None, explain=part)
+            engine = building.build_file(request.model, name, wanted, out, data, narrator, allow=cannot is not None, explain=part)
             engines.append(engine)
             fell_back = engine.facts.get("fell_back")
             if fell_back and not request.allow_fallback:

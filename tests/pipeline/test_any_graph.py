@@ -22,8 +22,8 @@ from deploykit.measurement import Measurement, Window
 from deploykit.pipeline import assemble, prepare, single
 from deploykit.pipeline.measuring import Results, engine_id
 from deploykit.pipeline.plan import PlannedRow
-from deploykit.pipeline.prepare import Workshop
 from deploykit.pipeline.request import RowsRequest, Silent, SourceRequest
+from deploykit.pipeline.workshop import Workshop
 from deploykit.report_document import row_id
 from deploykit.signature import Signature
 from deploykit.store import Store

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import conv_net
 
 from deploykit.errors import InputError, MissingBackend, UnknownName
-from deploykit.pipeline import single, trt
+from deploykit.pipeline import building, trt
 from deploykit.pipeline.request import DataRequest
 
 
@@ -49,7 +49,7 @@ def test_full_tensorrt_takes_the_float_graph_and_the_cache(tmp_path: Path, monke
         seen.append(args)
         raise MissingBackend("stop here")
 
-    monkeypatch.setattr(single, "build_file", build_file)
+    monkeypatch.setattr(building, "build_file", build_file)
     path, cache = conv_net(tmp_path / "m.onnx"), tmp_path / "c.cache"
     with pytest.raises(InputError, match="reads a calibration cache"):
         trt.build(_request(path, "tensorrt", "implicit"), DataRequest(), tmp_path, _Quiet())  # type: ignore[arg-type]

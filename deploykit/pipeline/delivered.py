@@ -1,0 +1,55 @@
+"""A finished artifact put where the user asked for it: whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from deploykit import artifact as artifacts
+from deploykit.artifact import Artifact, manifest_path
+from deploykit.errors import InputError
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A temporary folder in the file system of `out`, gone afterwards. Raises InputError where nothing can be written."""
+    made_parent = not out.parent.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".making-"))
+    except OSError as exc:
+        raise InputError(f"cannot write to {out.parent}: {exc.strerror}", "choose another place with -o") from exc
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if made_parent:
+            with suppress(OSError):
+                out.parent.rmdir()  # only when nothing came into it
+
+
+def deliver(made: Artifact, out: Path) -> Artifact:
+    """Moves an artifact out of its scratch folder to `out`, manifest last, so that a reader never finds half of it."""
+    manifest_path(out).unlink(missing_ok=True)
+    for name in made.companions:
+        os.replace(made.path.parent / name, out.parent / name)
+    os.replace(made.path, out)
+    return replace(made, path=out).save()
+
+
+def deliver_engine(made: Artifact, folder: Path) -> Artifact:
+    """The finished engine as a folder of its own; an older one of the same name is replaced in one step."""
+    made.save()
+    if folder.exists():
+        if not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
+            raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
+        old = folder.with_name(f".making-old-{folder.name}-{os.getpid()}")
+        os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+    os.rename(made.path.parent, folder)
+    return artifacts.load(folder / made.path.name)
