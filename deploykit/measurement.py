@@ -25,7 +25,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Windows of one row: `launches[l][r]` is round r in process launch l. Times in seconds, `batch` items a run."""
+    """Windows of one row: `launches[l][r]` is round r in process launch l. Times in seconds, `batch` items a run.
+
+    loads_s, peaks_rss_bytes: of each launch, where they are known; load_s and peak_rss_bytes are the last launch's.
+    """
 
     batch: int
     launches: tuple[tuple[Window, ...], ...]
@@ -39,6 +42,8 @@ class Measurement:
     boundary: str = "host in, host out"
     notes: tuple[str, ...] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    loads_s: tuple[float, ...] = ()
+    peaks_rss_bytes: tuple[int, ...] = ()
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -96,14 +101,17 @@ class Measurement:
             "boundary": self.boundary,
             "notes": list(self.notes),
             "environment": dict(self.environment),
+            "loads_s": list(self.loads_s),
+            "peaks_rss_bytes": list(self.peaks_rss_bytes),
         }
 
     @classmethod
     def from_json(cls, doc: Mapping[str, Any]) -> Measurement:
         """The measurement that `to_json` wrote."""
         launches = tuple(tuple(Window(tuple(w["seconds"]), w["wall_s"]) for w in launch) for launch in doc["launches"])
-        rest = {k: v for k, v in doc.items() if k not in ("launches", "notes")}
-        return cls(launches=launches, notes=tuple(doc["notes"]), **rest)
+        lists: dict[str, Any] = {k: tuple(doc.get(k, ())) for k in ("notes", "loads_s", "peaks_rss_bytes")}
+        rest = {k: v for k, v in doc.items() if k != "launches" and k not in lists}
+        return cls(launches=launches, **lists, **rest)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class _Collected:
     """A row over all launches."""
 
     launches: list[tuple[Window, ...]] = field(default_factory=list)
+    loads_s: list[float] = field(default_factory=list)
+    peaks_rss_bytes: list[int] = field(default_factory=list)
     last: _Running | None = None
     error: DeploykitError | None = None
 
@@ -174,6 +176,8 @@ def _launch(
             state = collected[item.target.id]
             if state.error is None:
                 state.launches.append(tuple(item.windows))
+                state.loads_s.append(item.opened.load_s)
+                state.peaks_rss_bytes.append(item.peak_rss_bytes)
                 state.last = item
     finally:
         for child in started:
@@ -243,6 +247,8 @@ def _result(item: _Collected, span: Duration, environment: Mapping[str, Any]) ->
         precision=last.opened.precision,
         notes=last.opened.notes,
         environment={**environment, "duration": span.name},
+        loads_s=tuple(item.loads_s),
+        peaks_rss_bytes=tuple(item.peaks_rss_bytes),
     )
 
 
