@@ -16,7 +16,12 @@ MODULES = {
     "openvino": "openvino_cpu",
     "tensorrt-rtx": "tensorrt_rtx",
     "tensorrt": "tensorrt_full",
+    "onnxruntime-cuda": "onnxruntime_gpu_cuda",
+    "onnxruntime-tensorrt": "onnxruntime_gpu_tensorrt",
+    "onnxruntime-rtx": "onnxruntime_gpu_rtx",
 }
+# Other ways to an engine that has a row of its own: without what they need, they have a row only when asked for by name.
+ONLY_WHERE_READY = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx")
 
 
 def get(name: str) -> Backend:
@@ -32,6 +37,11 @@ def get(name: str) -> Backend:
 def names() -> tuple[str, ...]:
     """Every backend that this version has, in the order of the table's rows."""
     return tuple(MODULES)
+
+
+def default_names() -> tuple[str, ...]:
+    """The backends that have rows when none is asked for by name."""
+    return tuple(name for name in names() if name not in ONLY_WHERE_READY or get(name).missing() is None)
 
 
 def absent_names() -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def plan(
     reference = reference_of(kind)
     refused = {f.target: f for f in findings if f.severity == "error" and f.target != "any"}
     rows: list[PlannedRow] = []
-    chosen = list(request.backends) if request.backends is not None else list(backends.names())
+    chosen = list(request.backends) if request.backends is not None else list(backends.default_names())
     for backend_name in [reference, *(b for b in chosen if b != reference)]:
         named = request.backends is not None and backend_name in request.backends
         wanted = _precisions(backend_name, request, base_precision, is_reference=backend_name == reference)

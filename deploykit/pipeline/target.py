@@ -46,7 +46,7 @@ def open_targets(target: SourceRequest, rows: RowsRequest, store: Store, say: Na
             f"the folder {path} holds no deploykit engines (*.manifest.json)", "give an .onnx file, an engine or a SOURCE"
         )
     shop = prepare.open_source(target, store, say, batches=rows.batches)
-    chosen = rows.backends or backends.names()
+    chosen = rows.backends or backends.default_names()
     prepare.check(shop, tuple(b for b in chosen if b not in ("torch", "torch-compile")))
     errors = [f for f in shop.findings if f.severity == "error" and f.target == "any"]
     if errors:

@@ -13,7 +13,8 @@ from deploykit.stages.checks.context import Graph
 from deploykit.verdict import Finding
 
 TENSORRT = ("tensorrt", "tensorrt-rtx")
-TARGETS = ("onnxruntime", "openvino", *TENSORRT, "torch", "torch-compile", "executorch", "litert", "tvm")
+_PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx")  # no findings of their own: they fall back, and say so
+TARGETS = ("onnxruntime", "openvino", *TENSORRT, "torch", "torch-compile", "executorch", "litert", "tvm", *_PROVIDERS)
 # How far a sample's outputs may lie apart between batches, as a share of the output's largest magnitude. FP32: summation
 # order. FP16 and integer graphs: a rounding step in the last layer, a scale taken over the whole batch.
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 5e-2
