@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HALF_MAX = 65504.0  # largest finite FP16
 HALF_MIN = 2.0**-24  # smallest positive FP16 (a subnormal)
+HALF_NORMAL = 2.0**-14  # smallest normal FP16; a tensor that stays below has fewer than 10 bits
 HEADROOM = 2.0  # an activation seen above HALF_MAX / HEADROOM may overflow on other data
 _SHOWN = 50
 
@@ -91,6 +92,8 @@ class HalfWriter:
             seen = (self.observed or {}).get(name)
             if seen is not None and seen.amax > HALF_MAX / HEADROOM:
                 return f"its tensor '{name}' reached {seen.amax:.3g}; FP16 ends at {HALF_MAX:.0f}"
+            if seen is not None and 0.0 < seen.amax < HALF_NORMAL:
+                return f"its tensor '{name}' stays under {seen.amax:.1g}, where FP16 has few digits or none"
         return None
 
     def _constant_reason(self, name: str) -> str | None:
@@ -101,6 +104,8 @@ class HalfWriter:
             return f"its constant '{name}' holds {values.max():.3g}; FP16 ends at {HALF_MAX:.0f}"
         if values.size == 1 and 0 < values[0] < HALF_MIN:
             return f"its constant '{name}', {values[0]:.3g}, would be zero in FP16"
+        if values.size > 1 and 0 < values.max() < HALF_NORMAL:
+            return f"its constant '{name}' stays under {values.max():.1g}, where FP16 has few digits or none"
         return None
 
     def _rewrite(self) -> None:

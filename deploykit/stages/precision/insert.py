@@ -95,17 +95,21 @@ class Inserter:
         self.dead_channels += int(dead.sum())
         wanted = scales.mse_scale(weight, axis, levels) if self.options.weight_scales == "mse" else amax / levels
         scale = scales.positive(scales.revive(wanted, dead), half=self.half)
-        bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] in self.graph.constants else None
         result: list[onnx.NodeProto | None] = []
-        if bias is not None and self.integer_bias and node.op_type != "MatMul":
+        if bias is not None and node.op_type != "MatMul":
             values = self.graph.array(bias).reshape(-1)
             channels = weight.shape[axis] if axis is not None else weight.shape[0]
             values = np.broadcast_to(values, (channels,)) if values.size == 1 else values
             step = self.activation[self.plan.root(node.input[0])].scale
-            # A channel of tiny weights would need a bias beyond int32: its scale grows until the bias fits.
+            # A channel of tiny weights would need a bias beyond int32: its scale grows until the bias fits. So too where the bias
+            # stays in float: ONNX Runtime (1.31, WeightBiasQuantization) makes an int32 of it by itself.
             floor = np.abs(values.astype(np.float64)) / (step * (scales.INT32_MAX // 2))
-            scale = np.maximum(scale, floor).astype(np.float32)
-            result.append(self._integer_bias(node, bias, values, (scale * np.float32(step)).astype(np.float32)))
+            if axis is None or floor.size != channels:  # a Gemm's third operand may be a matrix
+                floor = floor.max(keepdims=True)
+            scale = scales.positive(np.maximum(scale, floor), half=self.half)
+            if self.integer_bias:
+                result.append(self._integer_bias(node, bias, values, (scale * np.float32(step)).astype(np.float32)))
         result.insert(0, self._integer_weight(node, weight, scale, axis, levels))
         return [found for found in result if found is not None]
 

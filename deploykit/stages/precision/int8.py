@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from deploykit import graph as graphs
 from deploykit.artifact import Artifact, Json, sha256_of
 from deploykit.errors import InputError, ModelError, UnknownName
-from deploykit.stages.precision import normal_form, plan_cpu, plan_tensorrt
+from deploykit.stages.precision import normal_form, plan_cpu, plan_tensorrt, scales
+from deploykit.stages.precision.half import HALF_MAX, HALF_NORMAL
 from deploykit.stages.precision.insert import Inserter, activation_scales
 from deploykit.stages.precision.options import LAYOUTS, Int8Options
-from deploykit.stages.precision.plan import Plan, left_in_bodies
+from deploykit.stages.precision.plan import WEIGHTED, Plan, left_in_bodies
 from deploykit.stages.precision.view import FloatGraph
 
 if TYPE_CHECKING:
@@ -76,7 +80,9 @@ def quantized(
     if strangers:
         raise UnknownName("node to keep in float", min(strangers), [node.name for node in graph.nodes])
     planner = plan_tensorrt if layout == "tensorrt" else plan_cpu
-    plan = planner.plan(graph, table.ranges, options.keep_float)
+    unfit = _unfit_for_half(graph, table) if half else {}
+    plan = planner.plan(graph, table.ranges, {*options.keep_float, *unfit})
+    _leave_unfit(plan, graph, table, unfit)
     if not plan.weighted:
         reasons = sorted(set(plan.left.values()))
         raise InputError(
@@ -99,6 +105,38 @@ def quantized(
     facts["dead_channels"] = inserter.dead_channels
     facts["rounded_layers"] = inserter.rounded_layers
     return graph.model, facts
+
+
+def _unfit_for_half(graph: FloatGraph, table: CalibrationTable) -> dict[str, str]:
+    """Layer -> why it stays in float: FP16 holds its weights' or its input's scale too coarsely, or not at all."""
+    found = {}
+    for node in graph.nodes:
+        if node.op_type not in WEIGHTED or node.domain:
+            continue
+        data, weight = node.input[0], node.input[1]
+        if data in table.ranges and _is_coarse(table, data):
+            found[node.name] = (
+                f"its input '{data}' reaches {table.amax(data):.2g} only, and FP16 holds no scale that fine "
+                f"(under {scales.COARSE_HALF_SCALE * 127:.1g})"
+            )
+        elif weight in graph.constants and graph.is_float(weight):
+            most = float(np.abs(graph.array(weight)).max(initial=0.0))
+            if 0.0 < most < HALF_NORMAL or most > HALF_MAX:
+                found[node.name] = f"its weights reach {most:.2g}, and FP16 holds {HALF_NORMAL:.1g} to {HALF_MAX:.0f}"
+    return found
+
+
+def _is_coarse(table: CalibrationTable, name: str) -> bool:
+    return bool(0.0 < table.amax(name) / 127.0 < scales.COARSE_HALF_SCALE)
+
+
+def _leave_unfit(plan: Plan, graph: FloatGraph, table: CalibrationTable, unfit: Mapping[str, str]) -> None:
+    """Says in the plan why those layers stay in float, and takes the pairs of tensors that FP16 has no scale for out of it."""
+    for i in plan.left:
+        plan.left[i] = unfit.get(graph.nodes[i].name, plan.left[i])
+    if unfit:
+        for name in [edge for edge in plan.edges if _is_coarse(table, plan.root(edge))]:
+            del plan.edges[name]
 
 
 def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -> dict[str, Json]:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The least scale: positive (TensorRT refuses a scale <= 0) and normal.
-TINY_SCALE = 1e-7
+# The least scale in float32. The product of two (a bias's scale) is a normal float32 still, and 1 / scale is finite. It leaves
+# room for the activations of an untrained MobileNetV2 (4e-9): 1e-7, a common choice, gave it 0 dB.
+TINY_SCALE = 2.0**-60
 TINY_HALF_SCALE = 2.0**-24  # FP16's smallest subnormal; a smaller weight is zero in FP16 anyway
+COARSE_HALF_SCALE = 2.0**-18  # FP16's subnormals are 2**-24 apart: a smaller scale would be rounded up by more than 1/64
 INT32_MAX = 2**31 - 1
 
 
@@ -28,14 +30,19 @@ class ActivationScale:
 
 
 def asymmetric(low: float, high: float) -> ActivationScale:
-    """uint8 over [low, high] widened to hold zero: scale = (high - low) / 255, zero point an integer."""
+    """uint8 over [low, high] widened to hold zero: scale = (high - low) / 255, zero point an integer; 1 where all is zero."""
     low, high = min(low, 0.0), max(high, 0.0)
+    if low == high:
+        return ActivationScale(1.0, 0, "uint8")
     scale = float(np.float32(max((high - low) / 255.0, TINY_SCALE)))
     return ActivationScale(scale, int(np.clip(np.rint(-low / scale), 0, 255)), "uint8")
 
 
 def symmetric(amax: float, *, half: bool = False) -> ActivationScale:
-    """int8 over [-amax, amax]: scale = amax / 127, zero point 0. With `half`, a scale that FP16 holds exactly."""
+    """int8 over [-amax, amax]: scale = amax / 127 (1 where all is zero), zero point 0. With `half`, a scale that FP16 holds
+    exactly."""
+    if amax == 0.0:
+        return ActivationScale(1.0, 0, "int8")
     return ActivationScale(float(positive(np.array([amax / 127.0]), half=half)[0]), 0, "int8")
 
 
