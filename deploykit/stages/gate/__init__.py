@@ -7,52 +7,87 @@ within it, else inconclusive. NaN fails. Rows of the baseline that are gone, or 
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 from deploykit.errors import InputError
 from deploykit.report_document import Report
-from deploykit.stages.gate.against import Outcomes, RowOutcomes, Side, against, outcomes_of
-from deploykit.stages.gate.comparable import EVERYTHING, is_copy
+from deploykit.stages.gate.against import Fresh, Outcomes, RowOutcomes, Side, against, outcomes_of
+from deploykit.stages.gate.comparable import EVERYTHING, is_copy, pairs_of
 from deploykit.stages.gate.drops import own_drop
-from deploykit.stages.gate.limits import Limits, parse_drop, parse_slowdown
+from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_drop, parse_growth, parse_slowdown
+from deploykit.stages.gate.resources import Settled, undecided
+from deploykit.stages.gate.turns import MIN_LAUNCHES, Turns
 from deploykit.verdict import Reason, Verdict, combine
 
-__all__ = ["Limits", "Outcomes", "RowOutcomes", "is_copy", "judge", "outcomes_of", "parse_drop", "parse_slowdown"]
+__all__ = [
+    "MIN_LAUNCHES",
+    "Fresh",
+    "LimitSet",
+    "Limits",
+    "Outcomes",
+    "RowOutcomes",
+    "Rule",
+    "Settled",
+    "Turns",
+    "is_copy",
+    "judge",
+    "outcomes_of",
+    "pairs_of",
+    "parse_drop",
+    "parse_growth",
+    "parse_slowdown",
+    "undecided",
+]
 
 
 def judge(
     report: Report,
     baseline: Report | None,
-    limits: Limits,
+    limits: Limits | LimitSet,
     *,
     outcomes: Outcomes | None = None,
     baseline_outcomes: Outcomes | None = None,
+    fresh: Fresh | None = None,
 ) -> Verdict:
     """The verdict on a report.
 
     Without a baseline every ok row's drop is held against the report's own reference. With one, each row is held against
     the baseline's row: accuracy on paired outcomes (by `row_id`) where both sides have them for the same samples, else
-    from the two drops; speed as the ratio of the two speed-ups, each over its own run's reference.
+    from the two drops; speed as the ratio of the two engines measured in turns (`fresh`), else of the two speed-ups, each
+    over its own run's reference.
     """
-    for value in (limits.max_drop_pp, limits.max_slowdown):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise InputError(f"a limit of {value} is no limit", "give a number that is not negative")
+    asked = LimitSet(limits) if isinstance(limits, Limits) else limits
+    for one in asked.all():
+        for value in astuple(one):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"a limit of {value} is no limit", "give a number that is not negative")
     if baseline is None:
-        return _alone(report, limits)
-    return against(Side(report, outcomes or {}), Side(baseline, baseline_outcomes or {}), limits)
+        return _alone(report, asked)
+    return against(Side(report, outcomes or {}), Side(baseline, baseline_outcomes or {}), asked, fresh)
 
 
-def _alone(report: Report, limits: Limits) -> Verdict:
+def _alone(report: Report, limits: LimitSet) -> Verdict:
     reasons, skipped = [], []
-    if limits.max_slowdown is not None:
-        said = "a limit on slow-down needs a baseline to be slower than (--baseline)"
-        reasons.append(Reason(EVERYTHING, "speed", "inconclusive", said))
-    if limits.max_drop_pp is None and limits.max_slowdown is None:
+    for name, check in _NEEDS_BASELINE.items():
+        if limits.asks(name):
+            said = f"a limit on {check} needs a baseline to be held against (--baseline)"
+            reasons.append(Reason(EVERYTHING, check, "inconclusive", said))
+    if not limits.asks("max_drop_pp") and not reasons:
         skipped.append("no limit was asked for")
     for row in report.rows:
+        most = limits.of(row).max_drop_pp
         if row.status != "ok":
             skipped.append(f"{row.label}: {row.status}: {row.reason or 'no reason was recorded'}")
         elif report.is_reference(row) or is_copy(row):
             skipped.append(f"{row.label}: the reference itself")
-        elif limits.max_drop_pp is not None:
-            reasons.append(own_drop(report, row, limits.max_drop_pp))
+        elif most is not None:
+            reasons.append(own_drop(report, row, most))
     return combine(reasons, skipped)
+
+
+_NEEDS_BASELINE = {
+    "max_slowdown": "speed",
+    "max_size_growth": "size",
+    "max_memory_growth": "memory",
+    "max_startup_growth": "start-up",
+}

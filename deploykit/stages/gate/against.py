@@ -10,12 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.drift import Drift
+from deploykit.paired import Paired
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
-from deploykit.stages.gate.comparable import drop_contradiction, is_copy, pairs_of, speed_contradiction, speed_doubts, unlike
+from deploykit.stages.gate import resources
+from deploykit.stages.gate.comparable import (
+    changed_versions,
+    drop_contradiction,
+    is_copy,
+    pairs_of,
+    percentile_doubt,
+    speed_contradiction,
+    speed_doubts,
+    unlike,
+)
 from deploykit.stages.gate.drops import doubted, drop_of, judged_drop, judged_n, no_drop, reason
 from deploykit.stages.gate.intervals import Change, decide, difference, paired_drop, slowdown
-from deploykit.stages.gate.limits import Limits
+from deploykit.stages.gate.limits import Limits, LimitSet
+from deploykit.stages.gate.resources import Settled
+from deploykit.stages.gate.turns import Turns
 from deploykit.verdict import Reason, Verdict, combine
 
 # Identical processes differ by about 3 % for as long as they live: one launch a side cannot tell less apart. With L
@@ -65,14 +78,19 @@ class Side:
         return Change(value, low, high)
 
 
-def against(new: Side, old: Side, limits: Limits) -> Verdict:
-    """The verdict on every row of the baseline; rows that only the report has are listed as skipped."""
+Fresh = Mapping[str, Turns | Settled]
+
+
+def against(new: Side, old: Side, limits: LimitSet, fresh: Fresh | None = None) -> Verdict:
+    """The verdict on every row of the baseline; rows that only the report has are listed as skipped.
+
+    `fresh`, by `row_id` of the report's row: both engines measured in turns just now, which then decide on time and memory.
+    """
     rows = [r for r in old.report.rows if not is_copy(r)]
-    reasons = unlike(new.report, old.report, limits)
+    reasons = unlike(new.report, old.report, accuracy=limits.asks("max_drop_pp"))
     if any(r.outcome == "fail" for r in reasons):
         return combine(reasons, [f"{r.label}: not compared" for r in rows])
-    skipped = [] if limits != Limits() else ["no limit was asked for"]
-    doubts = speed_doubts(new.report, old.report)
+    skipped = [] if any(one != Limits() for one in limits.all()) else ["no limit was asked for"]
     pairs = list(pairs_of(new.report.rows, rows))
     for was, now, problem in pairs:
         if now is None:
@@ -81,17 +99,23 @@ def against(new: Side, old: Side, limits: Limits) -> Verdict:
         elif was.status in ("ok", "built") and now.status != was.status and (was.status, now.status) != ("built", "ok"):
             said = f"was {was.status} in the baseline, now {now.status}: {now.reason or 'no reason was recorded'}"
             reasons.append(reason(now, "row", "fail", said))
-        elif was.status != "ok" or now.status != "ok":
+        elif was.status not in ("ok", "built") or now.status != was.status:
             skipped.append(f"{now.label}: {now.status} ({was.status} in the baseline){': ' + now.reason if now.reason else ''}")
         else:
-            reasons += _compare(new, now, old, was, limits, doubts, skipped)
+            reasons += _compare(new, now, old, was, limits.of(now), fresh, skipped)
     matched = {id(now) for _, now, _ in pairs}
     skipped += [f"{r.label}: not in the baseline" for r in new.report.rows if id(r) not in matched and not is_copy(r)]
     return combine(reasons, skipped)
 
 
-def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: Sequence[str], skipped: list[str]) -> list[Reason]:
+def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, fresh: Fresh | None, skipped: list[str]) -> list[Reason]:
     reasons = []
+    if limits.max_size_growth is not None:
+        reasons.append(resources.size(now, was, limits.max_size_growth))
+    if now.status != "ok":
+        if not reasons:
+            skipped.append(f"{now.label}: {now.status}{': ' + now.reason if now.reason else ''}")
+        return reasons
     reference = new.report.is_reference(now)
     if limits.max_drop_pp is not None:
         if reference and now.top1 is not None and now.top1 == was.top1 and _same_outcomes(new, now, old, was):
@@ -99,12 +123,35 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: S
         else:
             found = _accuracy(new, now, old, was, limits.max_drop_pp)
             reasons.append(doubted(found, [drop_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
+    doubts = [percentile_doubt(row) for row in (now, was)]
+    if fresh is not None:
+        if changed := changed_versions(new.report, old.report):
+            doubts.append(f"{changed}; both engines were run with the versions here, which cannot show what a version cost")
+        if now.threads != was.threads:
+            doubts.append(f"another number of threads: {was.threads} -> {now.threads}")
+        turns = fresh.get(row_id(now), Settled("inconclusive", "was not measured again"))
+        return reasons + [doubted(r, doubts) for r in resources.timed(now, turns, limits)]
+    return reasons + _recorded(new, now, old, was, limits, doubts, skipped)
+
+
+def _recorded(
+    new: Side, now: Row, old: Side, was: Row, limits: Limits, doubts: Sequence[str], skipped: list[str]
+) -> list[Reason]:
+    """Speed, memory and start-up as far as two reports alone can tell."""
+    reasons = []
     if limits.max_slowdown is not None:
-        if reference:
+        if new.report.is_reference(now):
             skipped.append(f"{now.label}: the reference, speed is a ratio to it")
         else:
-            found = _speed(new, now, old, was, limits.max_slowdown, doubts)
-            reasons.append(doubted(found, [speed_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
+            found = _speed(new, now, old, was, limits.max_slowdown, speed_doubts(new.report, old.report))
+            found = doubted(found, [speed_contradiction(side.report, row) for side, row in ((new, now), (old, was))])
+            reasons.append(doubted(found, doubts))
+    if limits.max_memory_growth is not None:
+        machine = [d for d in speed_doubts(new.report, old.report) if "machine" in d or "versions" in d]
+        reasons.append(doubted(resources.memory(now, was, limits.max_memory_growth), machine))
+    if limits.max_startup_growth is not None:
+        said = "only measuring both engines in one job can tell: give two run folders, without --no-remeasure"
+        reasons.append(reason(now, "start-up", "inconclusive", said))
     return reasons
 
 
@@ -118,7 +165,7 @@ def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
         if mine.samples != theirs.samples or mine.correct.shape != theirs.correct.shape or not len(mine.correct):
             return reason(now, "top-1 drop", "fail", "the per-sample outcomes are not of the same samples")
         change, p = paired_drop(mine.correct, theirs.correct)
-        extra = f", {len(mine.correct)} samples paired, McNemar p = {p:.2g}"
+        extra = f", {len(mine.correct)} samples paired, McNemar p = {p:.2g}{_visible(mine.correct, theirs.correct)}"
         return judged_drop(now, change, limit, "the baseline", len(mine.correct), extra)
     change_now, change_was = drop_of(now), drop_of(was)
     if change_now is None or change_was is None:
@@ -128,6 +175,11 @@ def _accuracy(new: Side, now: Row, old: Side, was: Row, limit: float) -> Reason:
         said = "the reference's own top-1 changed; only paired outcomes (run folders as report and baseline) can tell"
         return reason(now, "top-1 drop", "inconclusive", said)
     return judged_drop(now, difference(change_now, change_was), limit, "the baseline", n, ", from the two rows' drops, unpaired")
+
+
+def _visible(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> str:
+    least = Paired.of(theirs, mine).smallest_visible_pp
+    return ", no drop could have shown" if least is None else f", a drop of {least:.2g} pp or more would have shown"
 
 
 def _same_outcomes(new: Side, now: Row, old: Side, was: Row) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deploykit.measurement import MIN_RUNS
 from deploykit.report_document import Report
 from deploykit.row import Row
-from deploykit.stages.gate.limits import Limits
 from deploykit.verdict import Reason
 
 EVERYTHING = "report"
@@ -18,7 +18,7 @@ def is_copy(row: Row) -> bool:
     return "A/A:" in row.notes
 
 
-def unlike(new: Report, old: Report, limits: Limits) -> list[Reason]:
+def unlike(new: Report, old: Report, *, accuracy: bool) -> list[Reason]:
     """What makes the two runs no comparison at all (fail), or leaves open whether they are one (inconclusive)."""
     found = []
     mine, theirs = _digest(new.model), _digest(old.model)
@@ -28,7 +28,7 @@ def unlike(new: Report, old: Report, limits: Limits) -> list[Reason]:
     elif not mine or not theirs:
         said = "which model it is, is recorded in " + ("neither report" if not mine and not theirs else "one report only")
         found.append(Reason(EVERYTHING, "model", "inconclusive", said))
-    if limits.max_drop_pp is not None:
+    if accuracy:
         data, base = (r.samples.get("judge", {}).get("digest") for r in (new, old))
         if data and base and data != base:
             said = f"the baseline was judged on samples {str(base)[:12]}, the report on {str(data)[:12]}"
@@ -48,18 +48,32 @@ def speed_doubts(new: Report, old: Report) -> list[str]:
         doubts.append("the machine is not recorded")
     elif mine != theirs:
         doubts.append("it is another machine")
-    shared = set(new.versions) & set(old.versions)
-    changed = sorted(k for k in shared if new.versions[k] != old.versions[k])
-    if not shared:
-        doubts.append("the versions are not recorded")
-    elif changed:
-        doubts.append("other versions: " + ", ".join(f"{k} {old.versions[k]} -> {new.versions[k]}" for k in changed))
+    if changed := changed_versions(new, old):
+        doubts.append(changed)
     if not new.reference or dict(new.reference) != dict(old.reference):
         doubts.append("the speed-ups are over another reference")
     data, base = (r.samples.get("judge", {}).get("digest") for r in (new, old))
     if data != base:
         doubts.append("it was timed on other samples")
     return doubts
+
+
+def changed_versions(new: Report, old: Report) -> str:
+    """Which packages changed between the two runs, in words; empty when none that both have did."""
+    shared = set(new.versions) & set(old.versions)
+    if not shared:
+        return "the versions are not recorded"
+    changed = sorted(k for k in shared if new.versions[k] != old.versions[k])
+    return "other versions: " + ", ".join(f"{k} {old.versions[k]} -> {new.versions[k]}" for k in changed) if changed else ""
+
+
+def percentile_doubt(row: Row) -> str:
+    """Which percentile the row states without the runs for it (an edit by hand, or another tool's); empty when none."""
+    for p, least in MIN_RUNS.items():
+        if getattr(row, f"p{p}_s") is not None and (row.n_timed is None or row.n_timed < least):
+            return f"it states a p{p} of {row.n_timed or 'unknown'} runs, which needs {least}"
+    found = [x for x in (row.p50_s, row.p90_s, row.p95_s, row.p99_s) if x is not None]
+    return "" if found == sorted(found) else "its percentiles are not in order"
 
 
 def _identity(row: Row) -> tuple[str, str, str, int, str]:
