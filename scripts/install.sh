@@ -12,7 +12,7 @@ if ! "$PYTHON" -m venv "$VENV"; then
     echo "could not make a virtual environment; on Debian: apt-get install python3-venv" >&2
     exit 1
 fi
-extras="cpu,torch,timm,openvino,rtx,digits,dev"
+extras="all,dev"
 "$VENV/bin/python" -m pip install --quiet --no-compile --upgrade-strategy only-if-needed \
     -c constraints.txt -e ".[$extras]"
 # Byte code for what the child processes import, on all cores (13 s; pip's own, of everything, takes a minute). Without it
