@@ -161,10 +161,42 @@ def _accuracy(
         if entry.row.batch <= ACCURACY_BATCH_LIMIT or engine_id(entry.row) not in engines:
             engines.setdefault(engine_id(entry.row), entry)
     reference = next(e for e in engines.values() if e.row.reference)
-    batch = reference.row.batch
-    if reference.engine.signature.fixed_batch is None and len(judge) > MANY_SAMPLES:
-        batch = max(batch, ACCURACY_BATCH)
-    others = [e for e in engines.values() if not e.row.reference]
+    first: tuple[int, BackendFailed] | None = None
+    for batch in _accuracy_batches(reference, entries, len(judge)):
+        notes = (
+            () if first is None else (f"judged at batch {batch}: the reference fails at batch {first[0]} ({first[1].message})",)
+        )
+        try:
+            return _accuracy_at(batch, reference, list(engines.values()), judge, rows, threads, narrator, notes)
+        except BackendFailed as exc:  # the reference's own: the graph may hold a batch of its own
+            first = first or (batch, exc)
+    assert first is not None
+    raise first[1]
+
+
+def _accuracy_batches(reference: Entry, entries: Sequence[Entry], n: int) -> list[int]:
+    """The batch to judge at, then what to fall back to where the reference fails at it: its rows' other batches, and 1."""
+    if reference.engine.signature.fixed_batch is not None:
+        return [reference.row.batch]
+    most = reference.row.batch
+    if n > MANY_SAMPLES:
+        most = max(most, ACCURACY_BATCH)
+    own = {e.row.batch for e in entries if e.row.reference}
+    return sorted({b for b in own | {1, most} if b <= most}, reverse=True)
+
+
+def _accuracy_at(
+    batch: int,
+    reference: Entry,
+    engines: Sequence[Entry],
+    judge: Samples,
+    rows: RowsRequest,
+    threads: int,
+    narrator: Narrator,
+    notes: tuple[str, ...],
+) -> dict[str, Drift | DeploykitError]:
+    """The drifts, `batch` samples at a time; `notes` go with each. Raises what the reference raises."""
+    others = [e for e in engines if not e.row.reference]
     found: dict[str, Drift | DeploykitError] = {}
     for start in range(0, max(1, len(others)), OPEN_AT_ONCE):
         part = others[start : start + OPEN_AT_ONCE]
@@ -188,7 +220,7 @@ def _accuracy(
             def tell(what: str, share: float, start: int = start) -> None:
                 narrator.progress(what, (start + share * OPEN_AT_ONCE) / max(len(others), OPEN_AT_ONCE))
 
-            measured = accuracy.measure(judge, base, calls, batch=batch, progress=tell)
+            measured = accuracy.measure(judge, base, calls, batch=batch, notes=notes, progress=tell)
             own = measured.pop(accuracy.REFERENCE)
             found[engine_id(reference.row)] = own
             found.update(measured)

@@ -24,11 +24,12 @@ def measure(
     candidates: Mapping[str, InferFn],
     *,
     batch: int,
+    notes: tuple[str, ...] = (),
     progress: children.Progress | None = None,
 ) -> dict[str, Drift | DeploykitError]:
     """The drift of each candidate by name, and under REFERENCE that of the reference from itself (its own top-1 and top-5).
 
-    Every batch has `batch` samples; the last is filled up and the filling is not counted. A candidate that raises a
+    Every batch has `batch` samples; the last is filled up and the filling is not counted. `notes` go with each drift. A candidate that raises a
     DeploykitError has that error in its place and the others go on. Raises DataError without samples or for labels outside
     the model's classes, ModelError for NaN in the reference's outputs, and whatever the reference raises.
     """
@@ -59,7 +60,7 @@ def measure(
                 del open_[name]
         done += count
         tell("accuracy", done / len(samples))
-    remarks = _remarks(samples, own.classes)
+    remarks = (*notes, *_remarks(samples, own.classes))
     drifts: dict[str, Drift | DeploykitError] = {REFERENCE: own.drift(remarks)}
     for name in candidates:
         drifts[name] = failed[name] if name in failed else open_[name].drift(remarks)

@@ -204,3 +204,17 @@ def test_one_sample_judges_and_calibrates_nothing(tmp_path: Path) -> None:
     assert rows["fp32"]["status"] == "ok"
     assert rows["int8"]["status"] == "skipped"
     assert "the only sample there is judges" in rows["int8"]["reason"]
+
+
+def test_a_graph_that_bakes_its_batch_is_judged_at_the_batch_it_runs_at(tmp_path: Path) -> None:
+    _matmul(tmp_path / "baked.onnx", baked=True, shape=["batch", 4])
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(70, 2, 4)).astype(np.float32))
+    options = "--data data.npz --backend onnxruntime,openvino --precision fp32 --batch 1,2 --threads 1 --duration smoke -o out"
+    subprocess.run(
+        [sys.executable, "-m", "deploykit", "run", "baked.onnx", *options.split()], capture_output=True, check=False, cwd=tmp_path
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    ran = [row for row in report["rows"] if row["status"] == "ok"]
+    assert {(row["backend"], row["batch"]) for row in ran} >= {("onnxruntime", 1), ("openvino", 1)}
+    assert all(row["agreement"] == 1.0 for row in ran)
+    assert any("judged at batch 1: the reference fails at batch 8" in note for note in report["notes"])
