@@ -10,7 +10,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Row:
     """status: ok | built | skipped | failed. Times in seconds, top1/top5/agreement/cov as fractions, drops in
-    percentage points (positive = worse), speedup over the report's reference at the same batch."""
+    percentage points (positive = worse), speedup over the report's reference at the same batch. roofline_share: of the
+    nearer ceiling, a fraction; bound_by: compute | memory | overhead."""
 
     name: str
     backend: str
@@ -45,6 +46,7 @@ class Row:
     clock: str | None = None
     boundary: str | None = None
     notes: str = ""
+    bound_by: str | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:

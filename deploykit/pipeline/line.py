@@ -20,7 +20,7 @@ from deploykit.errors import (
     StaleCalibration,
     UnknownName,
 )
-from deploykit.pipeline import assemble, engines, measuring, prepare
+from deploykit.pipeline import assemble, engines, measuring, prepare, rooflines
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
@@ -29,6 +29,7 @@ from deploykit.pipeline.shares import Shares, aim_of, calibrates, samples_for, s
 from deploykit.pipeline.target import Target, name_apart, open_targets
 from deploykit.pipeline.workshop import Workshop
 from deploykit.report_document import Report
+from deploykit.roofline import Ceilings
 from deploykit.row import Row
 from deploykit.samples import Samples
 from deploykit.signature import Feeds, Signature
@@ -84,7 +85,8 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         pools, pool_digest = _pools(first.signature, samples.judge, entries, rows)
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
-    report = _report(request, models, samples, table, results, reference)
+    table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
+    report = _report(request, models, samples, table, results, reference, ceilings)
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
@@ -195,6 +197,7 @@ def _report(
     table: Sequence[Row],
     results: measuring.Results | None,
     reference: tuple[str, str, str, str] | None,
+    ceilings: Ceilings | None,
 ) -> Report:
     shop = models[0].shop
     named = dict(zip(("name", "backend", "precision"), reference or (), strict=False))
@@ -223,7 +226,7 @@ def _report(
         rows=tuple(table),
         reference=named,
         model=model,
-        environment=machine.describe(),
+        environment={**machine.describe(), **({"ceilings": ceilings.to_json()} if ceilings is not None else {})},
         samples=shares,
         findings=tuple(f for m in models if m.shop for f in m.shop.findings),
         measured_at=results.taken_at if results is not None else "",

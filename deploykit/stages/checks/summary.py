@@ -28,7 +28,8 @@ class GraphSummary:
     ops: nodes by operator, sub-graphs included; parameters: stored floating-point and quantized values (scales and zero
     points left out); size_bytes: the file and its external data; macs: multiply-accumulates of convolutions and matrix
     products a sample, None when a shape is unknown or an operator has no formula here; weight_bytes: bytes of the stored
-    tensors; activation_bytes: bytes of every computed tensor a sample, None when a shape is unknown.
+    tensors; activation_bytes: bytes of every computed tensor a sample, None when a shape is unknown; moved_values: values a
+    sample that the layers which multiply read and write (weights left out), None where `macs` is.
     """
 
     ops: Mapping[str, int]
@@ -40,6 +41,7 @@ class GraphSummary:
     opset: int
     ir_version: int
     signature: Signature
+    moved_values: int | None = None
 
 
 def summary(path: Path, batch: int = 1, *, shapes: Mapping[str, ShapeRange] | None = None) -> GraphSummary:
@@ -53,6 +55,7 @@ def summary(path: Path, batch: int = 1, *, shapes: Mapping[str, ShapeRange] | No
     external = sum((path.parent / name).stat().st_size for name in graph.external_files())
     activations = _activation_bytes(graph, inferred)
     total = _macs(graph, inferred)
+    moved = None if total is None else sum(_moved_values(node, inferred) for node in graph.nodes)
     return GraphSummary(
         ops=dict(Counter(node.op_type for node in graph.nodes).most_common()),
         parameters=_parameters(graph),
@@ -63,6 +66,7 @@ def summary(path: Path, batch: int = 1, *, shapes: Mapping[str, ShapeRange] | No
         opset=graph.opset,
         ir_version=graph.model.ir_version,
         signature=graph.signature,
+        moved_values=None if moved is None else moved // count,
     )
 
 
@@ -119,6 +123,14 @@ def node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         return math.prod(source) * math.prod(weight[1:])
     inner = source[0] if node.op_type == "Gemm" and attribute(node, "transA", 0) else source[-1]
     return math.prod(result) * inner
+
+
+def _moved_values(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
+    """Values of the input and the output of a layer that multiplies; 0 for all others, which engines fuse into these."""
+    if not node_macs(node, shapes):
+        return 0
+    found = [_known(shapes, name) for name in (node.input[0], node.output[0]) if name]
+    return sum(math.prod(shape) for shape in found if shape is not None)
 
 
 def _recurrent_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:

@@ -38,6 +38,8 @@ def columns(report: Report) -> list[Column]:
     elif any(r.p90_s is not None for r in measured):
         found.append(Column("p90", "p90 ms"))
     found.append(Column("speedup", "Speed-up"))
+    if any(r.roofline_share is not None for r in rows):
+        found.append(Column("roofline", "Roofline"))
     if any(r.top1 is not None for r in rows):
         found.append(Column("top1", "Top-1"))
     elif any(r.agreement is not None for r in rows):
@@ -60,6 +62,7 @@ def cell(report: Report, row: Row, key: str) -> str:
         "top1": lambda: percent(row.top1),
         "agreement": lambda: percent(row.agreement),
         "drop": lambda: drop(row),
+        "roofline": lambda: "" if row.roofline_share is None else f"{row.roofline_share:.0%} {row.bound_by or ''}".strip(),
         "size": lambda: size(row.size_bytes),
         "status": lambda: status(report, row),
         "model": lambda: row.name,

@@ -24,7 +24,8 @@ _MEANING = {
     "top1_drop_pp": "percentage points lost against the reference on the same samples, positive is worse; low and high: 95 %",
     "agreement": "share of samples whose top-1 is the reference's, a fraction",
     "sqnr_db": "output signal over quantization noise, decibels",
-    "roofline_share": "share of the nearer ceiling, a fraction",
+    "roofline_share": "share of the nearer ceiling measured on this machine, a fraction",
+    "bound_by": "compute or memory: at least half of the time is what that ceiling asks for; else overhead",
 }
 
 
@@ -49,6 +50,7 @@ def schema() -> dict[str, Any]:
         "versions": {"type": "object", "additionalProperties": text},
         "notes": texts,
         "drifts": {"type": "object", "additionalProperties": record},
+        "checksum": {"type": "string", "description": "sha256 over the JSON of all the rest, keys sorted"},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

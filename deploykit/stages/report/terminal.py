@@ -79,7 +79,7 @@ def _table(report: Report, numbers: dict[int, int], *, wide: bool) -> Table:
 
 def _stacked(columns: list[cells.Column]) -> list[list[cells.Column]]:
     """The columns of the narrow table: those that share a column stand under each other."""
-    under = {"precision": "backend", "p90": "p50", "p99": "p50", "threads": "batch"}
+    under = {"precision": "backend", "p90": "p50", "p99": "p50", "threads": "batch", "roofline": "batch"}
     groups: list[list[cells.Column]] = []
     for column in columns:
         host = next((g for g in groups if g[0].key == under.get(column.key)), None)

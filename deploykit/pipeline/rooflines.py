@@ -1,0 +1,107 @@
+"""Each row under the roofline: measured ceilings for what ran here, the datasheet's bound for an engine built for elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from deploykit import datasheet, hosted, machine, roofline
+from deploykit.artifact import Artifact
+from deploykit.errors import BackendFailed
+from deploykit.pipeline.request import Narrator
+from deploykit.pipeline.target import Target
+from deploykit.roofline import Ceilings, Cost
+from deploykit.row import Row
+from deploykit.signature import Signature
+from deploykit.stages import ceilings as measuring
+from deploykit.store import Key, Store, source_hash
+
+FOLDER = "ceilings"
+_ABOVE = 1.02  # a row that reaches more of its ceiling says that the ceiling was measured on a busy machine
+
+
+def placed(
+    models: Sequence[Target], table: Sequence[Row], store: Store, threads: int, say: Narrator
+) -> tuple[list[Row], Ceilings | None]:
+    """The rows with their share of the roofline where it can be told, and this machine's ceilings; None where no row ran,
+    no model's cost is known, or no engine that measures ceilings is here. Kept ceilings that a row is above are measured
+    anew, once."""
+    costs = {model.name: cost for model in models if model.shop and (cost := Cost.from_summary(model.shop.summary))}
+    rows = [_elsewhere(row, costs) if row.status == "built" else row for row in table]
+    able = [row for row in rows if _model(row) in costs and row.status == "ok" and row.images_per_s]
+    if not able or measuring.engine() is None:
+        return rows, None
+    try:
+        found, kept = ceilings(store, threads, say)
+        if kept and any(share > _ABOVE for row in able if (share := _share(row, costs, found)) is not None):
+            found, _ = ceilings(store, threads, say, fresh=True)
+    except BackendFailed:
+        return rows, None  # the figures stand without their roofline
+    return [_here(row, costs, found) for row in rows], found
+
+
+def ceilings(store: Store, threads: int, say: Narrator, *, fresh: bool = False) -> tuple[Ceilings, bool]:
+    """This machine's ceilings on so many threads, and whether they were kept from before. `fresh`: measured anew, and the
+    higher of old and new stands, since a busy machine only ever lowers them. Raises BackendFailed."""
+    engine = measuring.engine()
+    code = [Path(str(m.__file__)) for m in (measuring, roofline, hosted)]
+    options = {"machine": machine.fingerprint(), "threads": threads, "engine": engine}
+    key = Key("ceilings", source_hash(*code), None, options, measuring.versions())
+    old = store.find(FOLDER, key)
+    before = Ceilings.from_json(json.loads(old.path.read_text())) if old is not None else None
+    if before is not None and not fresh:
+        return before, True
+    say.step("ceilings of this machine (kept for the next time)")
+    found = measuring.measure(threads, say.progress)
+    if before is not None:
+        found = _higher(before, found)
+        store.drop(FOLDER, key)
+
+    def build(folder: Path) -> Artifact:
+        path = folder / "ceilings.json"
+        path.write_text(json.dumps(found.to_json(), indent=1))
+        return Artifact(path, "ceilings", "none", Signature((), ()), "ceilings")
+
+    store.make(FOLDER, key, build)
+    return found, False
+
+
+def _higher(one: Ceilings, other: Ceilings) -> Ceilings:
+    operations, how = dict(one.ops_per_s), dict(one.how)
+    for precision, rate in other.ops_per_s.items():
+        if rate > operations.get(precision, 0.0):
+            operations[precision], how[precision] = rate, other.how.get(precision, "")
+    rates = {size: max(rate, other.bytes_per_s.get(size, 0.0)) for size, rate in one.bytes_per_s.items()}
+    return replace(other, ops_per_s=operations, bytes_per_s={**other.bytes_per_s, **rates}, how=how)
+
+
+def _model(row: Row) -> str:
+    return row.name.removesuffix(" asked)").rpartition(" (")[0] if row.name.endswith(" asked)") else row.name
+
+
+def _share(row: Row, costs: Mapping[str, Cost], found: Ceilings) -> float | None:
+    here = roofline.place(costs[_model(row)], row.precision, row.batch, row.batch / (row.images_per_s or 1.0), found)
+    return None if here is None else here.share
+
+
+def _here(row: Row, costs: Mapping[str, Cost], found: Ceilings) -> Row:
+    cost = costs.get(_model(row))
+    if cost is None or row.status != "ok" or not row.images_per_s:
+        return row
+    here = roofline.place(cost, row.precision, row.batch, row.batch / row.images_per_s, found)
+    return row if here is None else replace(row, roofline_share=here.share, bound_by=here.bound_by)
+
+
+def _elsewhere(row: Row, costs: Mapping[str, Cost]) -> Row:
+    """A built row with its card's bound in the notes: the share stays empty, since nothing was measured."""
+    card, cost = datasheet.ceilings(row.device or ""), costs.get(row.name)
+    least = roofline.bound(cost, row.precision, row.batch, card) if cost is not None and card is not None else None
+    if least is None or card is None:
+        return row
+    said = (
+        f"no faster than {row.batch / least.least_s:,.0f} img/s at batch {row.batch} on an {card.name} by its datasheet "
+        f"({least.nearer}); a bound, not a measurement"
+    )
+    return replace(row, notes="; ".join(x for x in (row.notes, said) if x))
