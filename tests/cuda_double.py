@@ -6,6 +6,7 @@ GPU would punish them. What a kernel computes is y = 2 * sum of x over its last 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Double:
         self.memory: dict[int, np.ndarray] = {}
         self.pins: dict[int, np.ndarray] = {}
         self.streams: dict[int, Stream] = {}
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.events: dict[int, float | None] = {}
         self.graphs: dict[int, list[tuple[Op, tuple[int, ...]]]] = {}
         self.capturing: list[tuple[Op, tuple[int, ...]]] | None = None
@@ -74,6 +76,15 @@ class Double:
         self._unused(id(memory))
         del self.pins[id(memory)]
 
+    def clear(self, address: int, size: int, stream: int) -> None:
+        assert size <= self.memory[address].nbytes
+
+        def op() -> None:
+            self.memory[address][:size] = 0
+
+        self.log.append("clear")
+        self.put(stream, op, (address,))
+
     def copy_in(self, address: int, source: np.ndarray, stream: int) -> None:
         assert id(source) in self.pins, "a copy from memory that is not pinned"
         assert source.nbytes <= self.memory[address].nbytes
@@ -102,6 +113,7 @@ class Double:
         return handle
 
     def destroy_stream(self, stream: int) -> None:
+        assert not len(self.contexts), "a stream destroyed before the context that runs on it"
         assert not self.streams[stream].waiting, "a stream destroyed with work on it"
         del self.streams[stream]
 
@@ -164,7 +176,8 @@ class Double:
 
 
 class Module:
-    """A TensorRT module over the double: one engine, x float32 [batch, 3, 4] -> y float32 [batch, 3]."""
+    """A TensorRT module over the double: one engine, x float32 [batch, 3, 4] -> y float32 [batch, 3]. No profiles: the engine
+    is static, at batch 2. `contexts`: those that still live."""
 
     __name__ = "tensorrt_double"
     __version__ = "0"
@@ -175,6 +188,8 @@ class Module:
 
     def __init__(self, gpu: Double, profiles: list[tuple[int, int, int]]) -> None:
         self.gpu, self.profiles = gpu, profiles
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        gpu.contexts = self.contexts
 
     def Runtime(self, logger: Any) -> Any:
         return Runtime(self, logger)
@@ -202,22 +217,28 @@ class Runtime:
 
 
 class Engine:
+    input_dtype = "float32"
     output_dtype = "float32"
     output_name = "y"
 
     def __init__(self, trt: Module) -> None:
         self.trt = trt
         self.num_io_tensors = 2
-        self.num_optimization_profiles = len(trt.profiles)
+        self.num_optimization_profiles = max(len(trt.profiles), 1)  # a static engine has one, too
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1 if self.trt.profiles else 2, 3, 4)[: 3 if name == "x" else 2]
 
     def get_tensor_name(self, index: int) -> str:
         return ("x", self.output_name)[index]
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "float32" if name == "x" else self.output_dtype
+        return self.input_dtype if name == "x" else self.output_dtype
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert name == "x"
+        if not self.trt.profiles:
+            return [(-1,)] * 3  # what a static engine answers is documented nowhere: nothing may rest on it
         return [(b, 3, 4) for b in self.trt.profiles[profile]]
 
     def create_execution_context(self) -> Context:
@@ -232,6 +253,7 @@ class Context:
         self.inferred = False
         self.addresses: dict[str, int] = {}
         self.ran: set[tuple[int, ...]] = set()
+        engine.trt.contexts.add(self)
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.gpu.log.append(f"profile {index}")
@@ -244,9 +266,11 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None, "a shape set before the profile was there"
-        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         self.gpu.log.append("shape")
         self.shape = tuple(shape)
+        if not self.engine.trt.profiles:
+            return self.shape == self.engine.get_tensor_shape(name)
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def infer_shapes(self) -> list[str]:
@@ -260,7 +284,8 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address in self.gpu.memory
-        assert self.gpu.memory[address].nbytes >= 4 * int(np.prod(self.get_tensor_shape(name)))
+        width = np.dtype(self.engine.get_tensor_dtype(name)).itemsize
+        assert self.gpu.memory[address].nbytes >= width * int(np.prod(self.get_tensor_shape(name)))
         self.gpu.log.append(f"address {name}")
         self.addresses[name] = address
         return True
@@ -276,9 +301,11 @@ class Context:
 
         def op() -> None:
             self.gpu.clock += self.gpu.compute_s
-            count = int(np.prod(shape))
-            x = self.gpu.memory[x_at][: 4 * count].view(np.float32).reshape(shape)
-            y = (2 * x.sum(axis=-1)).astype(np.float32)
+            kind = np.dtype(self.engine.input_dtype)
+            x = self.gpu.memory[x_at][: kind.itemsize * int(np.prod(shape))].view(kind).reshape(shape)
+            if kind.kind == "i":
+                assert x.min() >= 0 and x.max() < 1000, "indices that point outside the table: device memory as it came"
+            y = (2 * x.sum(axis=-1)).astype(self.engine.output_dtype)
             self.gpu.memory[y_at][: y.nbytes] = y.reshape(-1).view(np.uint8)
 
         self.gpu.log.append("enqueue")
@@ -313,7 +340,15 @@ class RtxEngine(Engine):
         assert config is not None
         assert isinstance(self.trt, RtxModule)
         self.trt.configs.append(config)
-        return Context(self)
+        return RtxContext(self)
+
+
+class RtxContext(Context):
+    capturable = True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert stream in self.gpu.streams
+        return self.capturable
 
 
 class RuntimeConfig:

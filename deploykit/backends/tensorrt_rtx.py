@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from deploykit import children
+from deploykit import cache_folder, children
 from deploykit.artifact import Artifact, Json, write_atomically
 from deploykit.children import has_module
 from deploykit.errors import BackendFailed, MissingBackend, UnknownName
@@ -163,7 +164,18 @@ class TensorRtRtx:
 
         adapter = request.options.get("cuda")
         gpu_open = open_device(None if adapter is None else str(adapter))
+        request = replace(request, options={**_kept_kernels(engine, here), **request.options})
         return EngineSession(trt, gpu_open, engine, request, f"{here.name} ({here.target})")
+
+
+def _kept_kernels(engine: Artifact, here: gpu.Gpu) -> dict[str, Json]:
+    """Where the kernels that TensorRT-RTX compiles for this GPU are kept from one process to the next: each launch of a
+    measurement would compile them anew. None where the user's cache folder cannot be written."""
+    folder = cache_folder.made("tensorrt-rtx") if engine.sha256 else None
+    if folder is None:
+        return {}
+    mark = hashlib.sha256(f"{engine.sha256} {here.name}".encode()).hexdigest()[:32]
+    return {"runtime_cache": str(folder / f"{mark}.kernels")}
 
 
 def _notes(request: BuildRequest, rebuild: str) -> list[str]:

@@ -5,6 +5,7 @@ Streams, events and graphs are plain integers, so that the runner (and its test 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class Device(Protocol):
 
     def unpin(self, memory: Bytes) -> None:
         """Gives page-locked memory back."""
+        ...
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Puts zeros into device memory, on the stream."""
         ...
 
     def copy_in(self, address: int, source: Bytes, stream: int) -> None:
@@ -148,6 +153,9 @@ class CudaPython:
     def unpin(self, memory: Bytes) -> None:
         self._call("cudaFreeHost", self._pinned.pop(memory.ctypes.data))
 
+    def clear(self, address: int, size: int, stream: int) -> None:
+        self._call("cudaMemsetAsync", address, 0, size, stream)
+
     def copy_in(self, address: int, source: Bytes, stream: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, stream)
@@ -182,8 +190,12 @@ class CudaPython:
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
             work()
-        finally:  # the capture must end even where `work` failed, or the stream stays unusable
-            graph = self._call("cudaStreamEndCapture", stream)
+        except BaseException:  # the capture must end even where `work` failed, or the stream stays unusable
+            with contextlib.suppress(BackendFailed):
+                half = self._call("cudaStreamEndCapture", stream)
+                self._call("cudaGraphDestroy", half)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)
         try:
             return int(self._call("cudaGraphInstantiate", graph, 0))
         finally:
@@ -246,6 +258,9 @@ class PyCuda:
     def unpin(self, memory: Bytes) -> None:
         base: Any = memory.base
         self._try(base.free)
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        self._try(lambda: self._cuda.memset_d8_async(address, 0, size, self._kept[stream]))
 
     def copy_in(self, address: int, source: Bytes, stream: int) -> None:
         self._try(lambda: self._cuda.memcpy_htod_async(address, source, self._kept[stream]))

@@ -56,11 +56,13 @@ class LoadedPlan:
         self._engine: Any = None
         self._context: Any = None
         self._cache: Any = None
+        self._cached = b""
+        self._rtx_captures = False
         try:
             self._load(path)
             self._choose_profile()
             self.ports = self._allocate(signature)
-            self._first_run()
+            self._first_run(signature)
             self._capture()
             self._save_runtime_cache()
         except BaseException:
@@ -70,7 +72,7 @@ class LoadedPlan:
     @property
     def captured(self) -> bool:
         """Whether runs are launched as a CUDA graph."""
-        return self._rtx or self._graph is not None
+        return self._rtx_captures or self._graph is not None
 
     def compute(self) -> None:
         """Puts one run on the stream."""
@@ -96,11 +98,18 @@ class LoadedPlan:
             )
         self._resources.callback(self._drop)
         self.stream = self._own(self._gpu.create_stream(), self._gpu.destroy_stream)
+        start = time.perf_counter()
+        self._resources.callback(self._drop_context)
         self._context = self._create_context()
+        self._context_s = time.perf_counter() - start
+
+    def _drop_context(self) -> None:
+        """After a captured graph and before the stream that it ran on."""
+        self._context = self._cache = None
 
     def _drop(self) -> None:
         """Context before engine, engine before runtime: TensorRT asks for this order."""
-        self._context = self._cache = None
+        self._drop_context()
         self._engine = None
         self._runtime = None
 
@@ -118,8 +127,10 @@ class LoadedPlan:
             runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._cache_path is not None:
                 self._cache = runtime_config.create_runtime_cache()
-                if self._cache_path.is_file() and not self._cache.deserialize(self._cache_path.read_bytes()):
+                self._cached = self._cache_path.read_bytes() if self._cache_path.is_file() else b""
+                if self._cached and not self._cache.deserialize(self._cached):
                     self.notes.append("runtime cache: made for another GPU, driver or version; made anew")
+                    self._cached = b""
                 runtime_config.set_runtime_cache(self._cache)
             context = engine.create_execution_context(runtime_config)
         else:
@@ -157,6 +168,11 @@ class LoadedPlan:
         """How many elements the opened shapes are from a profile's best ones; None where it does not take them."""
         total = 0
         for name, shape in self._shapes.items():
+            fixed = tuple(self._engine.get_tensor_shape(name))
+            if -1 not in fixed:  # a static input has no range of its own
+                if fixed != shape:
+                    return None
+                continue
             low, best, high = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, profile))
             if len(low) != len(shape) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
                 return None
@@ -164,7 +180,10 @@ class LoadedPlan:
         return total
 
     def _taken(self) -> str:
-        name = next(iter(self._shapes))
+        shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in self._shapes}
+        name = next((name for name, shape in shapes.items() if -1 in shape), None)
+        if name is None:
+            return _shapes_said(shapes)
         ranges = []
         for index in range(self._engine.num_optimization_profiles):
             low, _, high = self._engine.get_tensor_profile_shape(name, index)
@@ -194,11 +213,16 @@ class LoadedPlan:
             )
         return ports
 
-    def _first_run(self) -> None:
-        """One run on whatever lies in device memory: TensorRT asks for it before a capture, and RTX compiles in it."""
+    def _first_run(self, signature: Signature) -> None:
+        """One run on zeros: TensorRT asks for it before a capture, and RTX compiles in it. Device memory as it comes would
+        hold wild indices for an integer input."""
         for port in self.ports.values():
             if not self._context.set_tensor_address(port.name, port.address):
                 raise self._refused(f"the address of '{port.name}'")
+        for spec in signature.inputs:
+            port = self.ports[spec.name]
+            self._gpu.clear(port.address, max(port.size, 1), self.stream)
+        self._gpu.synchronize(self.stream)
         start = time.perf_counter()
         self._enqueue()
         self._gpu.synchronize(self.stream)
@@ -211,8 +235,18 @@ class LoadedPlan:
     def _capture(self) -> None:
         """A CUDA graph of the compute for the opened shape, after the uncaptured run that TensorRT asks for."""
         if self._rtx:
-            self.notes.append("CUDA graph: on (TensorRT-RTX's whole-graph capture)")
-            self.notes.append(f"first run {self._first_run_s * 1e3:.1f} ms: kernels compiled for this GPU, not in the timings")
+            self._rtx_captures = bool(self._context.is_stream_capturable(self.stream))
+            said = (
+                "on (TensorRT-RTX's whole-graph capture)"
+                if self._rtx_captures
+                else "off (TensorRT-RTX cannot capture this graph)"
+            )
+            self.notes.append(f"CUDA graph: {said}")
+            kernels = "taken from the runtime cache" if self._cached else "compiled for this GPU"
+            self.notes.append(
+                f"ready after {(self._context_s + self._first_run_s) * 1e3:.1f} ms (context {self._context_s * 1e3:.1f}, first run "
+                f"{self._first_run_s * 1e3:.1f}): kernels {kernels}, not in the timings"
+            )
             return
         if not self._gpu.captures:
             self.notes.append(f"CUDA graph: off ({self._gpu.adapter} has none)")
@@ -226,8 +260,16 @@ class LoadedPlan:
         self.notes.append("CUDA graph: on")
 
     def _save_runtime_cache(self) -> None:
-        if self._cache is not None and self._cache_path is not None:
-            write_atomically(self._cache_path, bytes(memoryview(self._cache.serialize())))
+        """Keeps the kernels for the next process, where that can be written; they can always be compiled again."""
+        if self._cache is None or self._cache_path is None:
+            return
+        kernels = bytes(memoryview(self._cache.serialize()))
+        if kernels == self._cached:
+            return
+        try:
+            write_atomically(self._cache_path, kernels)
+        except (OSError, DeploykitError) as exc:
+            self.notes.append(f"runtime cache: not kept ({exc})")
 
     def _refused(self, what: str) -> BackendFailed:
         return BackendFailed(f"{self._trt.__name__} refused {what}: {self._heard.first_error() or 'no reason given'}")

@@ -74,7 +74,9 @@ class EngineSession:
         self._plan.compute()
         self._transfer_out(targets)
         self._gpu.synchronize(self._stream)
-        return {name: self._view(name, targets[name]).copy() for name in self._outputs}
+        return {
+            spec.name: self._view(spec.name, targets[spec.name]).astype(np.dtype(spec.dtype)) for spec in self.signature.outputs
+        }
 
     def split(self, feeds: Feeds, runs: int = PROBE_RUNS) -> tuple[timing.Split, ...]:
         """Where the time of `runs` runs went: events around H2D, compute and D2H, the host's clock around the enqueue."""
@@ -109,10 +111,10 @@ class EngineSession:
         """Notes from a few runs on random inputs (zeros for integers, which may be indices)."""
         rng = np.random.default_rng(0)
         feeds = {}
-        for name in self._inputs:
-            port = self._ports[name]
-            floats = np.issubdtype(port.dtype, np.floating)
-            feeds[name] = rng.standard_normal(port.shape).astype(port.dtype) if floats else np.zeros(port.shape, port.dtype)
+        for spec in self.signature.inputs:
+            shape, dtype = self._ports[spec.name].shape, np.dtype(spec.dtype)
+            floats = np.issubdtype(dtype, np.floating)
+            feeds[spec.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
         middle = timing.median(self.split(feeds))
         return (timing.words(middle), *timing.warnings(middle, captured=self._plan.captured))
 
@@ -140,7 +142,10 @@ class EngineSession:
     def _write(self, feeds: Feeds, sources: dict[str, Bytes]) -> None:
         self._check(feeds)
         for name, memory in sources.items():
-            self._view(name, memory)[...] = feeds[name]
+            view = self._view(name, memory)
+            if np.issubdtype(view.dtype, np.integer) and view.dtype.itemsize < feeds[name].dtype.itemsize:
+                _require_range(name, feeds[name], np.iinfo(view.dtype))
+            view[...] = feeds[name]
 
     def _check(self, feeds: Feeds) -> None:
         if self._closed:
@@ -164,6 +169,15 @@ class EngineSession:
     def _transfer_out(self, targets: dict[str, Bytes]) -> None:
         for name, memory in targets.items():
             self._gpu.copy_out(memory, self._ports[name].address, self._stream)
+
+
+def _require_range(name: str, values: NDArray[Any], held: np.iinfo[Any]) -> None:
+    """Raises InputError for integers that the engine's type cannot hold: TensorRT 8.6 takes int64 inputs as int32."""
+    if values.size and (values.min() < held.min or values.max() > held.max):
+        raise InputError(
+            f"input '{name}' has values from {values.min()} to {values.max()}, and this engine takes it as {held.dtype}",
+            "build it with TensorRT 10 or later, which has int64",
+        )
 
 
 def _actual(engine: Artifact) -> tuple[str, tuple[str, ...]]:

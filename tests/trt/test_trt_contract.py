@@ -50,6 +50,7 @@ GUARDED = {
     ("ParserError", "node_name"): {"8.6"},
     ("ParserError", "node_operator"): {"8.6"},
     ("ICudaEngine", "create_runtime_config"): {"8.6"},
+    ("IExecutionContext", "is_stream_capturable"): {"8.6", "10", "11"},
     **{
         ("IRuntimeConfig", member): {"8.6", "10", "11"}
         for member in (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cuda_double
@@ -166,8 +169,68 @@ def test_rtx_captures_by_itself_and_keeps_its_cache(tmp_path: Path) -> None:
         assert config.cache.loaded == (found or b"")
         assert cache.read_bytes() == b"cache of kernels"
         assert "capture" not in board.log
-        assert any(note.startswith("first run") for note in session.notes)
+        (ready,) = [note for note in session.notes if note.startswith("ready after")]
+        assert ("taken from the runtime cache" in ready) is (found == b"cache of kernels")
         assert any("made anew" in note for note in session.notes) is said
+
+
+def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    session = _open(tmp_path, Double(), rtx=True, options={"runtime_cache": str(tmp_path / "file" / "kernels")})
+    assert any(note.startswith("runtime cache: not kept") for note in session.notes)
+    np.testing.assert_array_equal(session.infer(_feeds(2))["y"], _expected(_feeds(2)))
+
+
+def test_rtx_says_when_it_cannot_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any(note.startswith("CUDA graph: on") for note in _open(tmp_path, Double(), rtx=True).notes)
+    monkeypatch.setattr(cuda_double.RtxContext, "capturable", False)
+    session = _open(tmp_path, Double(), rtx=True)
+    assert any(note.startswith("CUDA graph: off") for note in session.notes)
+    assert not session._plan.captured
+
+
+def test_a_static_engine_takes_its_own_shape_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "PROFILES", [])
+    session = _open(tmp_path, Double(), 2)
+    np.testing.assert_array_equal(session.infer(_feeds(2))["y"], _expected(_feeds(2)))
+    with pytest.raises(InputError, match=r"it takes x \(2, 3, 4\)"):
+        _open(tmp_path, Double(), 3)
+
+
+def test_integer_inputs_start_from_zeros_and_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 8.6 takes int64 as int32, and answers in int32; what the manifest says comes back."""
+    signature = Signature((TensorSpec("x", "int64", ("batch", 3, 4)),), (TensorSpec("y", "int64", ("batch", 3)),))
+    monkeypatch.setitem(globals(), "SIGNATURE", signature)
+    monkeypatch.setattr(cuda_double.Engine, "input_dtype", "int32")
+    monkeypatch.setattr(cuda_double.Engine, "output_dtype", "int32")
+    session = _open(tmp_path, Double())  # its first run would read wild indices from memory as it comes
+    feeds = {"x": np.arange(24).reshape(2, 3, 4)}
+    outputs = session.infer(feeds)
+    assert outputs["y"].dtype == np.int64
+    np.testing.assert_array_equal(outputs["y"], 2 * feeds["x"].sum(axis=-1))
+    with pytest.raises(InputError, match="takes it as int32"):
+        session.infer({"x": feeds["x"] + 2**33})
+
+
+def test_half_outputs_come_back_as_the_manifest_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_double.Engine, "output_dtype", "float16")
+    found = _open(tmp_path, Double()).infer(_feeds(2))["y"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, _expected(_feeds(2)), rtol=2e-3, atol=2e-3)
+
+
+def test_the_context_goes_before_the_stream(tmp_path: Path) -> None:
+    """The double refuses a stream destroyed under a living context."""
+    board = Double()
+    stream = board.create_stream()
+    kept = cuda_double.Context(cuda_double.Engine(Module(board, PROFILES)))
+    with pytest.raises(AssertionError, match="before the context"):
+        board.destroy_stream(stream)
+    del kept
+    board.destroy_stream(stream)
+    session = _open(tmp_path, board)
+    session.close()
+    assert board.leaks == {}
 
 
 def test_precision_is_what_the_layers_run_in(tmp_path: Path) -> None:
@@ -217,3 +280,42 @@ def test_every_cuda_function_the_adapter_calls_exists_in_cuda_python() -> None:
         ("cudaError_t", ["cudaSuccess", "cudaErrorMemoryAllocation"]),
     ):
         assert all(hasattr(getattr(runtime, enum), member) for member in members)
+
+
+ARGUMENTS = """
+import json
+import numpy as np
+from cuda.bindings import runtime
+from deploykit.errors import BackendFailed
+from deploykit.trt.device import CudaPython
+board = CudaPython.__new__(CudaPython)
+board._cuda, board._pinned = runtime, {}
+memory = np.zeros(16, np.uint8)
+board._pinned[memory.ctypes.data] = memory.ctypes.data
+calls = {
+    "allocate": (16,), "free": (4096,), "pin": (16,), "unpin": (memory,), "clear": (4096, 16, 64), "copy_in": (4096, memory, 64),
+    "copy_out": (memory, 4096, 64), "create_stream": (), "destroy_stream": (64,), "synchronize": (64,), "create_event": (),
+    "destroy_event": (64,), "record": (64, 128), "elapsed_s": (64, 128), "capture": (lambda: None, 64), "launch": (64, 128),
+    "destroy_graph": (64,),
+}
+said = {}
+for name, arguments in calls.items():
+    try:
+        getattr(board, name)(*arguments)
+        said[name] = "ok"
+    except BackendFailed as exc:
+        said[name] = exc.message
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(bool(gpu.found()), reason="made-up addresses must not reach a driver")
+def test_cuda_python_takes_our_argument_types() -> None:
+    """Without a driver every call converts its arguments first, then answers CUDA's own error."""
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    done = subprocess.run([sys.executable, "-c", ARGUMENTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    said = json.loads(done.stdout)
+    protocol = {name for name in vars(device.Device) if not name.startswith("_") and callable(getattr(device.Device, name))}
+    assert set(said) == protocol
+    assert all("driver" in words for words in said.values()), said
