@@ -9,7 +9,9 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,18 @@ def fingerprint() -> str:
         "gpus": [gpu["name"] for gpu in gpus()],
     }
     return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def machine_class(environment: Mapping[str, Any] | None = None) -> str:
+    """What baselines are kept under: CPU, threads and fingerprint as one file name; of a report's environment, else of this
+    machine. Machines of one class have comparable timings; a host's own name is not in it.
+
+    Raises KeyError for an environment without a fingerprint.
+    """
+    found = describe() if environment is None else environment
+    cpu = re.sub(r"\(.*?\)", "", str(found.get("cpu", "cpu"))).lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:40].strip("-") or "cpu"
+    return f"{slug}-{found.get('threads', 0)}t-{found['fingerprint']}"
 
 
 def clash() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ class Report:
     drifts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    wrong_checksum: str = ""  # the one its file states, where the rest of the file does not have it: edited by hand
 
     def is_reference(self, row: Row) -> bool:
         """Whether the row is the reference (at any batch); an A/A copy of it is not."""
@@ -112,8 +114,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The document as JSON values. Raw measurements are left out (`measurements_json`). What is not a finite number
-        becomes null, and the row's notes say which."""
-        return {
+        becomes null, and the row's notes say which. 'checksum' is that of all the rest (`checksum`)."""
+        doc = {
             "schema_version": self.schema_version,
             "reference": finite(dict(self.reference)),
             "rows": [_row_json(row) for row in self.rows],
@@ -128,6 +130,7 @@ class Report:
             "notes": list(self.notes),
             "drifts": finite({k: dict(v) for k, v in self.drifts.items()}),
         }
+        return {**doc, "checksum": self.wrong_checksum or checksum(doc)}
 
     def measurements_json(self) -> dict[str, Any]:
         """The raw seconds of every row, for the file beside the report."""
@@ -172,7 +175,20 @@ class Report:
             notes=strings("notes"),
             drifts=drifts,
             measurements=measurements or {},
+            wrong_checksum=_wrong_checksum(top, where),
         )
+
+
+def checksum(doc: Mapping[str, Any]) -> str:
+    """sha256 over a document's JSON, whatever its layout and the order of its keys, without its own 'checksum': it tells an edit
+    by hand, or a cut, from what was written; it proves nothing against intent."""
+    rest = json.loads(json.dumps({k: v for k, v in doc.items() if k != "checksum"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _wrong_checksum(doc: Mapping[str, Any], where: str) -> str:
+    stated: str = _expect(doc.get("checksum") or "", str, f"{where}: checksum")
+    return stated if stated and stated != checksum(doc) else ""
 
 
 _REMEDY = "give a report.json that `deploykit run` or `deploykit bench --json` wrote, unedited"

@@ -1,12 +1,14 @@
-"""deploykit.yaml: the options of `deploykit run` in a file, each under its own name.
+"""deploykit.yaml: the options of `deploykit run` in a file, each under its own name, and limits of single rows.
 
     source: resnet18
     weights: none
     data: digits
     backend: [onnxruntime, openvino]
     batch: [1, 8]
-    max-drop: 0.5pp
     out: report
+    max-drop: 0.5pp
+    limits:
+      - {backend: openvino, precision: int8, max-drop: 1pp, max-slowdown: 5%}
 
 Options on the command line stand over the file's. Paths are relative to the folder the command is run in.
 """
@@ -14,13 +16,25 @@ Options on the command line stand over the file's. Paths are relative to the fol
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deploykit.errors import InputError
+from deploykit.cli.config_schema import LIMITS, REPEATED, UNITS, Key, file_model, rule_model
+from deploykit.errors import InputError, UnknownName
 
-_REPEATED = ("input", "shapes")  # one option for each item; the others join their items with commas
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from deploykit.stages.gate import Rule
+
+_WANTED = {
+    "flag": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "text": "a text, a number or a list of them",
+}
 
 
 def is_config(text: str) -> bool:
@@ -28,36 +42,122 @@ def is_config(text: str) -> bool:
     return text.endswith((".yaml", ".yml"))
 
 
-def arguments(path: Path, known: Mapping[str, bool]) -> list[str]:
-    """The command line that the file stands for. `known`: option name (without dashes) -> whether it is a flag.
+def arguments(path: Path, known: Mapping[str, Key]) -> list[str]:
+    """The command line that the file stands for.
 
-    Raises InputError with the line number for what is no YAML mapping, an unknown key, and a value of the wrong kind.
+    Raises InputError with the line number for what is no YAML mapping, an unknown key, and a value of the wrong kind or unit.
     """
-    found: list[str] = []
-    source: str | None = None
-    for key, value, line in _entries(path):
-        if key == "source":
-            source = _scalar(path, key, value, line)
-            continue
-        if key not in known:
-            close = difflib.get_close_matches(key, ["source", *known], n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: source, {', '.join(sorted(known))}"
-            raise InputError(f"{path}, line {line}: unknown key '{key}'", hint)
-        if known[key]:
-            if not isinstance(value, bool):
-                raise InputError(f"{path}, line {line}: '{key}' is true or false, not {value!r}")
-            found += [f"--{key}"] if value else []
-        elif isinstance(value, list):
-            items = [_scalar(path, key, item, line) for item in value]
-            found += [x for item in items for x in (f"--{key}", item)] if key in _REPEATED else [f"--{key}", ",".join(items)]
-        else:
-            found += [f"--{key}", _scalar(path, key, value, line)]
-    if source is None:
+    doc, root = _read(path)
+    if "source" not in doc:
         raise InputError(f"{path} names no source", "add a line such as: source: resnet18")
-    return [source, *found]
+    _validate(path, file_model(known), doc, root, known)
+    found = [str(doc["source"])]
+    for key, value in doc.items():
+        if key in ("source", "limits"):
+            continue
+        if known[key].kind == "flag":
+            found += [f"--{key}"] if value else [known[key].off] if known[key].off else []
+        elif isinstance(value, list):
+            items = [str(item) for item in value]
+            found += [x for item in items for x in (f"--{key}", item)] if key in REPEATED else [f"--{key}", ",".join(items)]
+        else:
+            found += [f"--{key}", str(value)]
+    return [*found, "--limits", str(path)] if "limits" in doc else found
 
 
-def _entries(path: Path) -> list[tuple[str, Any, int]]:
+def rules(path: Path) -> tuple[Rule, ...]:
+    """The limits of single rows in a deploykit.yaml, or in a file of `limits` alone. Raises InputError with the line number."""
+    from deploykit import backends
+    from deploykit.session import PRECISIONS
+    from deploykit.stages import gate
+
+    doc, root = _read(path)
+    listed = doc.get("limits")
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"{path} holds no list of limits", "example: limits: [{backend: openvino, max-drop: 0.5pp}]")
+    found = []
+    for number, item in enumerate(listed):
+        where = f"{path}, line {_line(root, ('limits', number))}"
+        if not isinstance(item, dict):
+            raise InputError(f"{where}: a limit is a mapping, not {item!r}", "example: {backend: openvino, max-drop: 0.5pp}")
+        _validate(path, rule_model(), item, root, {}, ("limits", number))
+        if not set(item) & set(LIMITS):
+            raise InputError(f"{where}: it limits nothing", f"add one of {', '.join(LIMITS)}")
+        chosen = {k: v for k, v in item.items() if k not in LIMITS}
+        for kind, choices in (("backend", backends.MODULES), ("precision", PRECISIONS)):
+            if kind in chosen and chosen[kind] not in choices:
+                unknown = UnknownName(kind, str(chosen[kind]), choices)
+                raise InputError(f"{where}: {unknown.message}", unknown.remedy)
+        values = {k.replace("-", "_"): _number(item[k]) / 100 for k, unit in LIMITS.items() if k in item and unit == "%"}
+        if "max-drop" in item:
+            values["max_drop_pp"] = _number(item["max-drop"])
+        if values.get("max_slowdown", 0.0) >= 1:
+            raise InputError(f"{where}: a max-slowdown of {item['max-slowdown']} allows any", "give less than 100%")
+        found.append(gate.Rule(chosen, gate.Limits(**values)))
+    return tuple(found)
+
+
+def _number(text: str) -> float:
+    """'5%' and '5pp' as 5.0."""
+    return float(text.strip().rstrip("p%"))
+
+
+def _validate(
+    path: Path, model: Any, doc: Mapping[str, Any], root: Any, known: Mapping[str, Key], at: tuple[str | int, ...] = ()
+) -> None:
+    from pydantic import ValidationError
+
+    try:
+        model.model_validate(doc)
+    except ValidationError as exc:
+        first = min(exc.errors(include_url=False), key=lambda e: _line(root, (*at, *e["loc"])))
+        message, remedy = _said(first, known, (*at, *first["loc"]))
+        raise InputError(f"{path}, line {_line(root, (*at, *first['loc']))}: {message}", remedy) from exc
+
+
+def _said(error: ErrorDetails, known: Mapping[str, Key], loc: tuple[str | int, ...]) -> tuple[str, str | None]:
+    inside = loc[0] == "limits" and len(loc) > 2
+    key = str(loc[2] if inside else loc[0])
+    if error["type"] == "extra_forbidden":
+        choices = ["name", "backend", "precision", "batch", *LIMITS] if inside else ["source", "limits", *known]
+        close = difflib.get_close_matches(key, choices, n=1)
+        return f"unknown key '{key}'", f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(choices))}"
+    value = error["input"]
+    if key in LIMITS:
+        return f"'{key}' is {value!r}, not {UNITS[LIMITS[key]][1]}", f"write {key}: {UNITS[LIMITS[key]][1].split('like ')[1]}"
+    if inside:
+        return f"'{key}' is {value!r}; it needs {'a positive whole number' if key == 'batch' else 'a name'}", None
+    if key == "limits":
+        return f"'limits' is a list of mappings, not {value!r}", "example: limits: [{backend: openvino, max-drop: 0.5pp}]"
+    wanted = "a text" if key == "source" else _WANTED[known[key].kind]
+    return f"'{key}' is {value!r}; it needs {wanted}", None
+
+
+def _line(node: Any, loc: tuple[str | int, ...]) -> int:
+    """The line of the deepest node that `loc` leads to, counted from 1: of a mapping's item, its key's."""
+    import yaml
+
+    line = int(node.start_mark.line)
+    for step in loc:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if _dashed(k.value) == step), None)
+            if pair is None:
+                break
+            line, node = int(pair[0].start_mark.line), pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = int(node.start_mark.line)
+        else:
+            break
+    return line + 1
+
+
+def _dashed(key: object) -> str:
+    return str(key).replace("_", "-")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Any]:
+    """The file as values, keys with dashes, and as YAML nodes, which know their lines. Raises InputError."""
     import yaml
 
     try:
@@ -67,7 +167,7 @@ def _entries(path: Path) -> list[tuple[str, Any, int]]:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         doc = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
         mark = getattr(exc, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(exc, "problem", None) or "cannot be read"
@@ -75,20 +175,30 @@ def _entries(path: Path) -> list[tuple[str, Any, int]]:
         raise InputError(f"{path}{where} is not YAML: {problem}{tabs}") from exc
     if not isinstance(root, yaml.MappingNode) or not isinstance(doc, dict):
         raise InputError(f"{path} is no mapping of option names to values", "example line: source: resnet18")
-    found: list[tuple[str, Any, int]] = []
+    _no_twins(path, root)
+    plain = {_dashed(k): v for k, v in doc.items()}
+    for key, value in plain.items():
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            raise InputError(f"{path}, line {_line(root, (key,))}: '{key}' needs a value, not {value!r}", "or leave the line out")
+    listed = plain.get("limits")
+    if isinstance(listed, list):
+        plain["limits"] = [{_dashed(k): v for k, v in x.items()} if isinstance(x, dict) else x for x in listed]
+    return plain, root
+
+
+def _no_twins(path: Path, node: Any) -> None:
+    """Raises InputError for a mapping with one key twice, at any depth."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _no_twins(path, item)
+    if not isinstance(node, yaml.MappingNode):
+        return
     seen: set[str] = set()
-    for node, _ in root.value:
-        key, line = str(node.value), node.start_mark.line + 1
-        if key in seen:
-            raise InputError(f"{path}, line {line}: the key '{key}' stands twice", "keep one")
-        seen.add(key)
-        found.append((key, doc.get(key), line))
-    return found
-
-
-def _scalar(path: Path, key: str, value: Any, line: int) -> str:
-    if value is None or isinstance(value, (dict, list)):
-        raise InputError(f"{path}, line {line}: '{key}' needs a value, not {value!r}", "a text, a number or a list of them")
-    if isinstance(value, bool):
-        raise InputError(f"{path}, line {line}: '{key}' is no switch", "give a text or a number")
-    return str(value)
+    for key, value in node.value:
+        name = _dashed(key.value)
+        if name in seen:
+            raise InputError(f"{path}, line {key.start_mark.line + 1}: the key '{key.value}' stands twice", "keep one")
+        seen.add(name)
+        _no_twins(path, value)

@@ -62,6 +62,10 @@ def run(
     baseline: o.Baseline = None,
     max_drop: o.MaxDrop = None,
     max_slowdown: o.MaxSlowdown = None,
+    max_size_growth: o.MaxSizeGrowth = None,
+    max_memory_growth: o.MaxMemoryGrowth = None,
+    max_startup_growth: o.MaxStartupGrowth = None,
+    limits: o.LimitsFile = None,
     remeasure: o.Remeasure = False,
     aa: o.AA = False,
     json_file: o.JsonFile = None,
@@ -72,11 +76,9 @@ def run(
     """
     from deploykit.pipeline import delivery, gating, line
     from deploykit.pipeline.request import SourceRequest
-    from deploykit.stages import gate
 
-    limits = gate.Limits(
-        gate.parse_drop(max_drop) if max_drop else None, gate.parse_slowdown(max_slowdown) if max_slowdown else None
-    )
+    held = parsing.limits(max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits)
+    asked = gating.GateRequest(baseline, held, again=gating.Again(duration, data, preprocess))
     origin = SourceRequest(
         source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs), opset, parsing.names(outputs)
     )
@@ -108,7 +110,7 @@ def run(
     known = gating.open_baseline(baseline, limits)
     with Bar() as bar:
         result = line.run(request, bar)
-        report, verdict = gating.judge(result, known, limits)
+        report, verdict = gating.judge(result, asked, bar)
         delivery.deliver(report, result, out, bar)
     show_report(report, json_file, [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"])
     return verdict.exit_code if verdict is not None and verdict.exit_code else result.exit_code

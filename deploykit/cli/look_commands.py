@@ -20,7 +20,6 @@ def register(app: typer.Typer) -> None:
     add(app, "doctor", doctor, "What this machine can do.", bare=True)
     add(app, "compare", compare, "Drift between two models or engines.")
     add(app, "explain", explain, "Why an engine isn't faster.")
-    add(app, "gate", gate, "The regression check for CI.")
     add(app, "report", report, "Render a finished run again.")
     add(app, "predict", predict, "What an engine says of an image.")
 
@@ -137,36 +136,6 @@ def explain(
         heads = ["slowest kernels", "operator", "computes in", "ms", "share", "implementation"]
         show_rows("", heads, bottlenecks.kernel_rows(found, top), wrap=0)
     return EXIT_PASSED
-
-
-def gate(
-    report_file: Annotated[Path, typer.Argument(metavar="REPORT", help="A run's report.json or folder.")],
-    baseline: o.Baseline = None,
-    max_drop: o.MaxDrop = None,
-    max_slowdown: o.MaxSlowdown = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
-    json_file: o.JsonFile = None,
-) -> int:
-    """The regression check for CI: 0 passed, 1 failed, 5 inconclusive; never a pass by default.
-
-    Example:  deploykit gate out/report.json --baseline base/report.json --max-drop 0.5pp --max-slowdown 5%
-    """
-    from deploykit.pipeline import gating
-    from deploykit.stages import gate as gates
-
-    limits = gates.Limits(
-        gates.parse_drop(max_drop) if max_drop else None, gates.parse_slowdown(max_slowdown) if max_slowdown else None
-    )
-    verdict = gating.gate(report_file, baseline, limits, junit)
-    if json_file is not None:
-        show_json(verdict.to_json(), json_file)
-    if json_file != "-":
-        for reason in verdict.reasons:
-            say(f"{reason.outcome:<13}{reason.row}: {reason.check}: {reason.message}")
-        for skipped in verdict.skipped:
-            say(f"skipped      {skipped}")
-        say(f"verdict: {verdict.outcome}")
-    return verdict.exit_code
 
 
 def report(

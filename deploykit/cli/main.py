@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from deploykit import __version__
-from deploykit.cli import commands, config, line_commands, look_commands
+from deploykit.cli import commands, config, config_schema, gate_command, line_commands, look_commands
 from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
 
 # typer carries click inside itself since 0.2x: the class of all usage errors is reached through one it exports.
@@ -42,6 +42,7 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
 line_commands.register(app)
 commands.register(app)
 look_commands.register(app)
+gate_command.register(app)
 
 
 def main() -> None:
@@ -104,15 +105,14 @@ def _with_config(arguments: list[str]) -> list[str]:
     at = next((i for i, text in enumerate(arguments) if i > 0 and config.is_config(text)), None)
     if not arguments or arguments[0] != "run" or at is None or arguments[at - 1].startswith("-"):
         return arguments
-    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
-    known = {
-        opt.removeprefix("--"): bool(parameter.is_flag)
-        for parameter in command.params
-        if hasattr(parameter, "is_flag")
-        for opt in parameter.opts
-        if opt.startswith("--") and opt != "--help"
-    }
+    known = config_keys()
     return ["run", *config.arguments(Path(arguments[at]), known), *arguments[1:at], *arguments[at + 1 :]]
+
+
+def config_keys() -> dict[str, config_schema.Key]:
+    """The keys that a deploykit.yaml may hold: the options of `run`."""
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]  # it is a group
+    return config_schema.keys(command, line_commands.run)
 
 
 def _tell(exc: DeploykitError, debug: bool) -> int:

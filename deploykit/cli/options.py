@@ -100,4 +100,19 @@ MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Gate: the large
 MaxSlowdown = Annotated[
     str | None, typer.Option("--max-slowdown", help="Gate: the largest slow-down against the baseline, e.g. 5%.")
 ]
-Baseline = Annotated[Path | None, typer.Option(help="A run's folder or report.json to hold this one against.")]
+MaxSizeGrowth = Annotated[
+    str | None, typer.Option("--max-size-growth", help="Gate: by how much an engine's bytes may grow, e.g. 10%.")
+]
+MaxMemoryGrowth = Annotated[
+    str | None, typer.Option("--max-memory-growth", help="Gate: by how much a process's peak memory may grow, e.g. 10%.")
+]
+MaxStartupGrowth = Annotated[
+    str | None, typer.Option("--max-startup-growth", help="Gate: by how much the time to open an engine may grow, e.g. 50%.")
+]
+LimitsFile = Annotated[
+    Path | None, typer.Option("--limits", help="Gate: a deploykit.yaml whose 'limits' list holds limits of single rows.")
+]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(help="What to hold this run against: a run's folder, a report.json, or a folder of baselines by machine class."),
+]

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from deploykit.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deploykit.pipeline.request import Int8Request
     from deploykit.signature import ShapeRange, TensorSpec
+    from deploykit.stages.gate import LimitSet
     from deploykit.stages.mixed import Budget
 
 
@@ -88,6 +91,32 @@ def budget(max_drop: str | None, min_sqnr: float | None, min_agreement: float | 
     if max_drop is None and min_sqnr is None and min_agreement is None:
         return None
     return Budget(gate.parse_drop(max_drop) if max_drop is not None else None, min_sqnr, min_agreement)
+
+
+def limits(
+    max_drop: str | None,
+    max_slowdown: str | None,
+    max_size_growth: str | None,
+    max_memory_growth: str | None,
+    max_startup_growth: str | None,
+    file: Path | None,
+) -> LimitSet:
+    """The gate's limits: the options stand for every row, the file's `limits` list for the rows it names."""
+    from deploykit.stages import gate
+
+    def growth(text: str | None, option: str) -> float | None:
+        return gate.parse_growth(text, option) if text is not None else None
+
+    default = gate.Limits(
+        gate.parse_drop(max_drop) if max_drop is not None else None,
+        gate.parse_slowdown(max_slowdown) if max_slowdown is not None else None,
+        growth(max_size_growth, "--max-size-growth"),
+        growth(max_memory_growth, "--max-memory-growth"),
+        growth(max_startup_growth, "--max-startup-growth"),
+    )
+    from deploykit.cli import config
+
+    return gate.LimitSet(default, config.rules(file) if file is not None else ())
 
 
 def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str) -> Int8Request:

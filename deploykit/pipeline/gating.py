@@ -2,61 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploykit import artifact as artifacts
-from deploykit import report_document
+from deploykit import machine
+from deploykit.artifact import Artifact
 from deploykit.drift import Drift
 from deploykit.errors import InputError
 from deploykit.measurement import Measurement
+from deploykit.pipeline import baselines, remeasuring
 from deploykit.pipeline.assemble import measured_id
+from deploykit.pipeline.baselines import OUTCOMES, Run
 from deploykit.pipeline.line import LineResult
 from deploykit.pipeline.measuring import engine_id
+from deploykit.pipeline.remeasuring import Again, EngineKey
+from deploykit.pipeline.request import Narrator, Silent
 from deploykit.report_document import Report
 from deploykit.stages import gate as gates
 from deploykit.verdict import Verdict
 
+__all__ = ["OUTCOMES", "Again", "GateRequest", "check", "gate", "judge", "measured_outcomes", "update"]
+
 DEFAULT_LIMITS = gates.Limits(max_drop_pp=0.5, max_slowdown=0.05)  # where `gate` is given a baseline and no limit
-OUTCOMES = "outcomes"
 
 
-def open_baseline(path: Path | None, limits: gates.Limits) -> tuple[Report, Mapping[str, Drift]] | None:
-    """The baseline's report and per-sample outcomes; None when none was given. Raises InputError for an unreadable one."""
-    if limits.max_slowdown is not None and path is None:
-        raise InputError("--max-slowdown needs something to be slower than", "add --baseline BASE, a run's folder or report.json")
-    if path is None:
-        return None
-    return report_document.load(path), outcomes_of(path)
+@dataclass(frozen=True)
+class GateRequest:
+    """What is held against what. remeasure: both engines in turns, None where both sides are run folders of this machine and
+    a limit asks for it."""
+
+    baseline: Path | None = None
+    limits: gates.LimitSet = field(default_factory=gates.LimitSet)
+    remeasure: bool | None = None
+    again: Again = field(default_factory=Again)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be judged at all."""
+        return self.baseline is not None or any(one != gates.Limits() for one in self.limits.all())
 
 
-def outcomes_of(path: Path) -> dict[str, Drift]:
-    """Per-sample outcomes kept beside a report, by row id; empty for a lone report.json."""
-    folder = path if path.is_dir() else path.parent
-    if not (folder / OUTCOMES).is_dir():
-        return {}
-    report = report_document.load(path)
-    found: dict[str, Drift] = {}
-    for key, doc in report.drifts.items():
-        name = doc.get("outcomes")
-        if isinstance(name, str) and Path(name).name == name and (folder / OUTCOMES / name).is_file():
-            found[key] = Drift.from_json(doc).with_outcomes(folder / OUTCOMES / name)
-    return found
+def check(request: GateRequest, *, own_machine: bool = True) -> None:
+    """Raises InputError for what cannot be judged, before anything is spent on a run. `own_machine`: the run to come is this
+    machine's, so a folder of baselines must have one for its class."""
+    if request.baseline is None:
+        for name, option in (
+            ("max_slowdown", "--max-slowdown"),
+            ("max_size_growth", "--max-size-growth"),
+            ("max_memory_growth", "--max-memory-growth"),
+            ("max_startup_growth", "--max-startup-growth"),
+        ):
+            if request.limits.asks(name):
+                raise InputError(
+                    f"{option} needs something to be held against", "add --baseline BASE, a run's folder or report.json"
+                )
+        if request.remeasure:
+            raise InputError("--remeasure needs two run folders", "add --baseline DIR")
+        return
+    if own_machine:
+        baselines.open_baseline(request.baseline, machine.describe())
 
 
-def judge(
-    result: LineResult, baseline: tuple[Report, Mapping[str, Drift]] | None, limits: gates.Limits
-) -> tuple[Report, Verdict | None]:
-    """The report with its verdict, where --baseline or --max-drop asked for one."""
-    if baseline is None and limits.max_drop_pp is None and limits.max_slowdown is None:
+def judge(result: LineResult, request: GateRequest, narrator: Narrator | None = None) -> tuple[Report, Verdict | None]:
+    """The report with its verdict, where --baseline or a limit asked for one."""
+    if not request.asked:
         return result.report, None
-    verdict = gates.judge(
-        result.report,
-        baseline[0] if baseline else None,
-        limits,
-        outcomes=gates.outcomes_of(measured_outcomes(result)),
-        baseline_outcomes=gates.outcomes_of(baseline[1]) if baseline else None,
-    )
+    run = Run(result.report, gates.outcomes_of(measured_outcomes(result)))
+    verdict = _verdict(run, remeasuring.by_key(result.built), request, narrator or Silent())
     return result.report.with_verdict(verdict), verdict
 
 
@@ -72,23 +85,38 @@ def measured_outcomes(result: LineResult) -> dict[str, Drift]:
     return found
 
 
-def gate(report_file: Path, baseline: Path | None, limits: gates.Limits, junit: Path | None) -> Verdict:
+def gate(report_file: Path, request: GateRequest, junit: Path | None, narrator: Narrator | None = None) -> Verdict:
     """The verdict on a finished run. Raises InputError for files that cannot be read and for limits that make no sense."""
-    if limits.max_drop_pp is None and limits.max_slowdown is None:
-        limits = DEFAULT_LIMITS
-        if baseline is None:
+    if all(one == gates.Limits() for one in request.limits.all()):
+        if request.baseline is None:
             raise InputError("nothing to judge by", "add --baseline BASE, and --max-drop 0.5pp or --max-slowdown 5%")
-    known = open_baseline(baseline, limits)
-    report = report_document.load(report_file)
-    verdict = gates.judge(
-        report,
-        known[0] if known else None,
-        limits,
-        outcomes=gates.outcomes_of(outcomes_of(report_file)),
-        baseline_outcomes=gates.outcomes_of(known[1]) if known else None,
-    )
+        request = GateRequest(request.baseline, gates.LimitSet(DEFAULT_LIMITS), request.remeasure, request.again)
+    run = baselines.open_run(report_file)
+    mine = remeasuring.of_folder(run.folder) if run.folder is not None and request.baseline is not None else {}
+    verdict = _verdict(run, mine, request, narrator or Silent())
     if junit is not None:
         from deploykit.stages.report import junit as junit_xml
 
         artifacts.write_atomically(junit, junit_xml.text(verdict).encode())
     return verdict
+
+
+def update(report_file: Path, baseline: Path) -> tuple[Path, list[str]]:
+    """Moves the baseline to the run; returns what was written, and the change row by row."""
+    return baselines.update(baselines.open_run(report_file), baseline)
+
+
+def _verdict(run: Run, mine: dict[EngineKey, Artifact], request: GateRequest, narrator: Narrator) -> Verdict:
+    if request.baseline is None:
+        return gates.judge(run.report, None, request.limits, outcomes=run.outcomes)
+    base = baselines.open_baseline(request.baseline, run.report.environment)
+    theirs = remeasuring.of_folder(base.folder) if base.folder is not None else {}
+    why_not = remeasuring.why_not(run.report, base.report, request.limits, bool(mine), bool(theirs))
+    if request.remeasure and not (mine and theirs):
+        raise InputError("--remeasure needs the engines of both runs", "give two run folders, made by `deploykit run -o`")
+    fresh = None
+    if request.limits.timed and (request.remeasure or (request.remeasure is None and not why_not)):
+        fresh = remeasuring.measure(run.report, base.report, mine, theirs, request.limits, request.again, narrator)
+    return gates.judge(
+        run.report, base.report, request.limits, outcomes=run.outcomes, baseline_outcomes=base.outcomes, fresh=fresh
+    )

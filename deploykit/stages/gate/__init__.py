@@ -12,7 +12,7 @@ from dataclasses import astuple
 from deploykit.errors import InputError
 from deploykit.report_document import Report
 from deploykit.stages.gate.against import Fresh, Outcomes, RowOutcomes, Side, against, outcomes_of
-from deploykit.stages.gate.comparable import EVERYTHING, is_copy, pairs_of
+from deploykit.stages.gate.comparable import EVERYTHING, edited, is_copy, pairs_of
 from deploykit.stages.gate.drops import own_drop
 from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_drop, parse_growth, parse_slowdown
 from deploykit.stages.gate.resources import Settled, undecided
@@ -62,17 +62,21 @@ def judge(
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"a limit of {value} is no limit", "give a number that is not negative")
     if baseline is None:
-        return _alone(report, asked)
-    return against(Side(report, outcomes or {}), Side(baseline, baseline_outcomes or {}), asked, fresh)
+        found = _alone(report, asked)
+    else:
+        found = against(Side(report, outcomes or {}), Side(baseline, baseline_outcomes or {}), asked, fresh)
+    idle = [rule for rule in asked.rules if not any(rule.covers(row) for row in report.rows)]
+    said = [f"a limit is on rows with {', '.join(f'{k} {v}' for k, v in r.where.items())}, and there is none" for r in idle]
+    return combine((*found.reasons, *(Reason(EVERYTHING, "limits", "inconclusive", text) for text in said)), found.skipped)
 
 
 def _alone(report: Report, limits: LimitSet) -> Verdict:
-    reasons, skipped = [], []
+    reasons, skipped = edited(report, "the report"), []
     for name, check in _NEEDS_BASELINE.items():
         if limits.asks(name):
             said = f"a limit on {check} needs a baseline to be held against (--baseline)"
             reasons.append(Reason(EVERYTHING, check, "inconclusive", said))
-    if not limits.asks("max_drop_pp") and not reasons:
+    if not any(one != Limits() for one in limits.all()):
         skipped.append("no limit was asked for")
     for row in report.rows:
         most = limits.of(row).max_drop_pp

@@ -17,9 +17,11 @@ from deploykit.stages.gate import resources
 from deploykit.stages.gate.comparable import (
     changed_versions,
     drop_contradiction,
+    edited,
     is_copy,
     pairs_of,
     percentile_doubt,
+    raw_contradiction,
     speed_contradiction,
     speed_doubts,
     unlike,
@@ -87,7 +89,8 @@ def against(new: Side, old: Side, limits: LimitSet, fresh: Fresh | None = None) 
     `fresh`, by `row_id` of the report's row: both engines measured in turns just now, which then decide on time and memory.
     """
     rows = [r for r in old.report.rows if not is_copy(r)]
-    reasons = unlike(new.report, old.report, accuracy=limits.asks("max_drop_pp"))
+    reasons = edited(new.report, "the report") + edited(old.report, "the baseline")
+    reasons += unlike(new.report, old.report, accuracy=limits.asks("max_drop_pp"))
     if any(r.outcome == "fail" for r in reasons):
         return combine(reasons, [f"{r.label}: not compared" for r in rows])
     skipped = [] if any(one != Limits() for one in limits.all()) else ["no limit was asked for"]
@@ -124,6 +127,7 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, fresh: Fr
             found = _accuracy(new, now, old, was, limits.max_drop_pp)
             reasons.append(doubted(found, [drop_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
     doubts = [percentile_doubt(row) for row in (now, was)]
+    doubts += [raw_contradiction(side.report, row) for side, row in ((new, now), (old, was))]
     if fresh is not None:
         if changed := changed_versions(new.report, old.report):
             doubts.append(f"{changed}; both engines were run with the versions here, which cannot show what a version cost")

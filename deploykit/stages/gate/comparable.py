@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deploykit.measurement import MIN_RUNS
-from deploykit.report_document import Report
+from deploykit.measurement import MIN_RUNS, Measurement
+from deploykit.report_document import Report, row_id
 from deploykit.row import Row
+from deploykit.stages.gate.turns import doubtful
 from deploykit.verdict import Reason
 
 EVERYTHING = "report"
@@ -34,6 +36,33 @@ def unlike(new: Report, old: Report, *, accuracy: bool) -> list[Reason]:
             said = f"the baseline was judged on samples {str(base)[:12]}, the report on {str(data)[:12]}"
             found.append(Reason(EVERYTHING, "samples", "fail", said))
     return found
+
+
+def edited(report: Report, whose: str) -> list[Reason]:
+    """That a report was changed after it was written, where its checksum says so."""
+    if not report.wrong_checksum:
+        return []
+    said = f"{whose} was edited after it was written (its checksum is another's): make it anew"
+    return [Reason(EVERYTHING, "checksum", "inconclusive", said)]
+
+
+def raw_contradiction(report: Report, row: Row) -> str:
+    """How the row's figures do not fit the raw seconds kept beside the report, or these no clock; empty when they do or none
+    are kept."""
+    doc = report.measurements.get(row_id(row), {})
+    launches = doc.get("launches")
+    if not isinstance(launches, list) or not any(isinstance(x, list) and x for x in launches):
+        return ""
+    try:
+        raw = Measurement.from_json(doc)
+        found = {"images_per_s": raw.images_per_s, "p50_s": raw.percentile_s(50), "n_timed": raw.n_timed}
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as exc:
+        return f"the raw seconds of the row cannot be read ({type(exc).__name__})"
+    for name, value in found.items():
+        stated = getattr(row, name)
+        if stated is not None and value is not None and not math.isclose(stated, value, rel_tol=1e-6):
+            return f"the report contradicts itself: {name} is {stated:g}, its raw seconds say {value:g}"
+    return doubtful(raw)
 
 
 def _digest(model: Mapping[str, Any]) -> str:
