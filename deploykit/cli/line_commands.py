@@ -107,7 +107,7 @@ def run(
         store,
     )
     delivery.check_folder(out)
-    known = gating.open_baseline(baseline, limits)
+    gating.check(asked)
     with Bar() as bar:
         result = line.run(request, bar)
         report, verdict = gating.judge(result, asked, bar)
