@@ -8,17 +8,15 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit import artifact as artifacts
+from deploykit import scratch
 from deploykit.artifact import Artifact, Json
 from deploykit.errors import InputError, OutOfSpace
-
-_STALE_S = 24 * 3600.0
 
 
 def source_hash(*paths: Path) -> str:
@@ -72,7 +70,7 @@ class Store:
     def drop(self, model: str, key: Key) -> None:
         """Removes the artifact of `key`, if it is there, in one step."""
         folder = self.folder(model, key)
-        doomed = folder.with_name(f".making-dropped-{os.getpid()}-{time.monotonic_ns()}")
+        doomed = folder.with_name(f"{scratch.PREFIX}dropped-{os.getpid()}-{time.monotonic_ns()}")
         try:
             os.rename(folder, doomed)
         except FileNotFoundError:
@@ -90,42 +88,26 @@ class Store:
         target = self.folder(model, key)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._sweep(target.parent)
-            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+            scratch.sweep(target.parent)
+            with scratch.folder_in(target.parent) as folder:
+                made = build(folder).save()
+                os.chmod(folder, 0o755)
+                for file in folder.rglob("*"):
+                    if file.is_file():
+                        _fsync(file)
+                try:
+                    os.rename(folder, target)
+                except OSError as exc:
+                    if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    other = self.find(model, key)
+                    if other is not None:
+                        return other, True
+                    os.rename(folder, target)
+                _fsync(target.parent)
+                return artifacts.load(target / made.path.name), False
         except OSError as exc:
             raise _disk_error(exc, self.root) from exc
-        try:
-            made = build(scratch).save()
-            os.chmod(scratch, 0o755)
-            for file in scratch.rglob("*"):
-                if file.is_file():
-                    _fsync(file)
-            try:
-                os.rename(scratch, target)
-            except OSError as exc:
-                if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                other = self.find(model, key)
-                if other is None:
-                    os.rename(scratch, target)
-                else:
-                    return other, True
-            _fsync(target.parent)
-            return artifacts.load(target / made.path.name), False
-        except OSError as exc:
-            raise _disk_error(exc, self.root) from exc
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    @staticmethod
-    def _sweep(folder: Path) -> None:
-        """Removes what killed processes left behind a day or more ago."""
-        for left in folder.glob(".making-*"):
-            try:
-                if time.time() - left.stat().st_mtime > _STALE_S:
-                    shutil.rmtree(left, ignore_errors=True)
-            except FileNotFoundError:
-                continue
 
 
 def _fsync(path: Path) -> None:

@@ -154,6 +154,7 @@ Store(Path({str(tmp_path)!r})).make("m", KEY, slow)
     assert store.find("m", KEY) is None
     made, reused = store.make("m", KEY, _make)
     assert not reused and made.path.is_file()
+    assert not list((tmp_path / "m").glob(".making-*"))
 
 
 def test_load_refuses_changed_bytes_and_missing_or_foreign_manifests(tmp_path: Path) -> None:

@@ -106,9 +106,8 @@ def run(
         remeasure,
         store,
     )
-    delivery.check_folder(out)
     gating.check(asked)
-    with Bar() as bar:
+    with delivery.held(out, store), Bar() as bar:
         result = line.run(request, bar)
         report, verdict = gating.judge(result, asked, bar)
         delivery.deliver(report, result, out, bar)

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from deploykit import artifact as artifacts
+from deploykit import scratch
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.errors import InputError
 
 
 @contextmanager
 def scratch_beside(out: Path) -> Iterator[Path]:
-    """A temporary folder in the file system of `out`, gone afterwards. Raises InputError where nothing can be written."""
+    """A temporary folder in the file system of `out`, gone afterwards; those that killed processes left there go too. Raises
+    InputError where nothing can be written."""
     made_parent = not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".making-"))
+        scratch.sweep(out.parent)
+        making = scratch.folder_in(out.parent)
+        folder = making.__enter__()
     except OSError as exc:
         raise InputError(f"cannot write to {out.parent}: {exc.strerror}", "choose another place with -o") from exc
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        making.__exit__(None, None, None)
         if made_parent:
             with suppress(OSError):
                 out.parent.rmdir()  # only when nothing came into it
@@ -48,8 +51,10 @@ def deliver_engine(made: Artifact, folder: Path) -> Artifact:
     if folder.exists():
         if not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
             raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
-        old = folder.with_name(f".making-old-{folder.name}-{os.getpid()}")
+        old = folder.with_name(f"{scratch.PREFIX}old-{folder.name}-{os.getpid()}")
         os.rename(folder, old)
+        os.rename(made.path.parent, folder)
         shutil.rmtree(old, ignore_errors=True)
-    os.rename(made.path.parent, folder)
+    else:
+        os.rename(made.path.parent, folder)
     return artifacts.load(folder / made.path.name)

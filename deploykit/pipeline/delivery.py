@@ -7,11 +7,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from deploykit import report_document
+from deploykit import scratch as scratches
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.drift import Drift
 from deploykit.errors import InputError, OutOfSpace
@@ -35,39 +36,62 @@ def check_folder(out: Path) -> None:
         raise InputError(f"cannot write to {out}: {exc.strerror}", "choose another folder with -o") from exc
 
 
+@contextlib.contextmanager
+def held(out: Path, store: Path) -> Iterator[None]:
+    """Holds the run's folder for this run alone, and clears away what killed runs left in it.
+
+    Raises InputError when `out` cannot be a run's folder, when another run is writing into it, and when its engines would
+    lie in the store, whose folders are not a run's to replace.
+    """
+    check_folder(out)
+    there, kept = out.resolve(), store.resolve()
+    if kept.is_relative_to(there / ENGINES) or there.is_relative_to(kept):
+        raise InputError(
+            f"a run in {out} keeps its engines in {out / ENGINES}, and the store is {store}",
+            "choose another folder with -o (example: -o out), or another store with --store",
+        )
+    try:
+        holding = scratches.held(out)
+        holding.__enter__()
+    except OSError as exc:
+        raise _cannot_write(out, exc) from exc
+    try:
+        scratches.sweep(out)
+        yield
+    finally:
+        holding.__exit__(None, None, None)
+
+
 def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -> list[Path]:
     """Writes the report's files, the per-sample outcomes and the engines into `out`; returns the report's files.
 
     All is written in a scratch folder inside `out` first, so that a full disk leaves an older run there as it was.
     """
     narrator.step(f"write {out}")
-    scratch = out / f".making-{os.getpid()}"
-    made_out = not out.exists()
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        drifts = _write_outcomes(report, measured_outcomes(result), scratch / OUTCOMES)
-        wanted = _copy_engines(result, out / ENGINES, scratch / ENGINES)
-        files = reports.write(replace(report, drifts=drifts), scratch)
-        shutil.rmtree(out / OUTCOMES, ignore_errors=True)
-        if (scratch / OUTCOMES).is_dir():
-            os.rename(scratch / OUTCOMES, out / OUTCOMES)
-        _swap_engines(scratch / ENGINES, out / ENGINES, wanted)
-        for file in files:
-            os.replace(file, out / file.name)
-        if not report.measurements:
-            # raw seconds of an older report must not stand beside this one
-            (out / report_document.MEASUREMENTS_FILE).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        with scratches.folder_in(out) as scratch:
+            drifts = _write_outcomes(report, measured_outcomes(result), scratch / OUTCOMES)
+            wanted = _copy_engines(result, out / ENGINES, scratch / ENGINES)
+            files = reports.write(replace(report, drifts=drifts), scratch)
+            shutil.rmtree(out / OUTCOMES, ignore_errors=True)
+            if (scratch / OUTCOMES).is_dir():
+                os.rename(scratch / OUTCOMES, out / OUTCOMES)
+            _swap_engines(scratch / ENGINES, out / ENGINES, wanted)
+            for file in files:
+                os.replace(file, out / file.name)
+            if not report.measurements:
+                # raw seconds of an older report must not stand beside this one
+                (out / report_document.MEASUREMENTS_FILE).unlink(missing_ok=True)
     except (OSError, OutOfSpace) as exc:
-        if isinstance(exc, OutOfSpace) or exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpace(f"no space left on the disk of {out}", "free some space or choose another folder with -o") from exc
-        raise InputError(f"cannot write to {out}: {exc.strerror or exc}", "choose another folder with -o") from exc
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if made_out:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # only when nothing came into it
+        raise _cannot_write(out, exc) from exc
     return [out / file.name for file in files]
+
+
+def _cannot_write(out: Path, exc: OSError | OutOfSpace) -> InputError:
+    if isinstance(exc, OutOfSpace) or exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfSpace(f"no space left on the disk of {out}", "free some space or choose another folder with -o")
+    return InputError(f"cannot write to {out}: {exc.strerror or exc}", "choose another folder with -o")
 
 
 def _write_outcomes(report: Report, outcomes: Mapping[str, Drift], folder: Path) -> dict[str, dict[str, object]]:
