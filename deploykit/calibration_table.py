@@ -16,6 +16,7 @@ from deploykit.preprocess import Preprocess
 
 SCHEMA_VERSION = 1
 METHODS = ("minmax", "entropy", "percentile", "mse")
+IMPORTED = "imported"  # the method of a table that was read from another tool's cache
 _REMEDY = "make one for this model and data: deploykit calibrate MODEL --data DATA -o FILE --recalibrate"
 
 
@@ -60,7 +61,7 @@ class CalibrationTable:
     options: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in (*METHODS, IMPORTED):
             raise UnknownName("calibration method", self.method, METHODS)
         strays = (set(self.ranges) ^ set(self.observed)) | (set(self.symmetric) - set(self.ranges))
         if strays:

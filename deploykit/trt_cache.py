@@ -59,13 +59,18 @@ def to_text(table: CalibrationTable, *, version: str = DEFAULT_VERSION, algorith
     The algorithm names the calibrator class that will read the cache, whichever method found the ranges. Raises
     InputError for a tensor name that the format cannot hold.
     """
+    return text_of({name: table.amax(name) for name in table.ranges}, version=version, algorithm=algorithm)
+
+
+def text_of(amax: Mapping[str, float], *, version: str = DEFAULT_VERSION, algorithm: str = "EntropyCalibration2") -> str:
+    """`to_text` of the magnitudes themselves."""
     if algorithm not in ALGORITHMS:
         raise UnknownName("TensorRT calibration algorithm", algorithm, ALGORITHMS)
     lines = [str(Header(version_number(version), algorithm))]
-    for name in sorted(table.ranges):
+    for name in sorted(amax):
         if name.splitlines() != [name]:
             raise InputError(f"tensor name {name!r} cannot stand in TensorRT's cache, which has a line a tensor")
-        lines.append(f"{name}: {_hex(name, table.amax(name) / LEVELS)}")
+        lines.append(f"{name}: {_hex(name, amax[name] / LEVELS)}")
     return "\n".join(lines) + "\n"
 
 

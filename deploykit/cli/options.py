@@ -41,7 +41,10 @@ CalibData = Annotated[
 ]
 CalibN = Annotated[int, typer.Option("-n", "--calib-n", help="How many samples calibrate, at most.")]
 Method = Annotated[str, typer.Option(help="Calibration: minmax, entropy, percentile or mse.")]
-CalibFile = Annotated[Path | None, typer.Option("--calib", help="A calibration table made by `deploykit calibrate`.")]
+CalibFile = Annotated[
+    Path | None,
+    typer.Option("--calib", help="A calibration table: `deploykit calibrate`'s, TensorRT's text cache or ONNX Runtime's."),
+]
 Recalibrate = Annotated[bool, typer.Option("--recalibrate", help="Calibrate anew even where a table is kept.")]
 MinSqnr = Annotated[
     float | None, typer.Option("--min-sqnr", help="Mixed: the least SQNR of the output against FP32, in dB, e.g. 25.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import Artifact, Json
-from deploykit.calibration_table import CalibrationTable
+from deploykit.calibration_table import IMPORTED, CalibrationTable
 from deploykit.errors import InputError, MissingBackend
 from deploykit.pipeline.request import Int8Request
 from deploykit.samples import Samples
@@ -57,6 +57,15 @@ def write(
     layout 'cpu' | 'tensorrt'; rest 'fp32' | 'fp16'. Where correction was not asked for by name and has nothing to correct, or
     no ONNX Runtime to measure with, the graph is written without it, and a note says so.
     """
+    made = _written(path, table, layout, rest, recipe, keep_float, out)
+    for note in table.notes if table.method == IMPORTED else ():
+        made = _noted(made, note)
+    return made
+
+
+def _written(
+    path: Path, table: CalibrationTable, layout: str, rest: str, recipe: Int8Recipe, keep_float: tuple[str, ...], out: Path
+) -> Artifact:
     from deploykit.stages import precision
 
     request = recipe.request

@@ -20,7 +20,7 @@ from deploykit.errors import (
     StaleCalibration,
     UnknownName,
 )
-from deploykit.pipeline import assemble, engines, measuring, prepare, rooflines
+from deploykit.pipeline import assemble, engines, given, measuring, prepare, rooflines
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
@@ -109,7 +109,7 @@ def _check(request: LineRequest) -> None:
     if request.data.method not in calibration_table.METHODS:
         raise UnknownName("calibration method", request.data.method, calibration_table.METHODS)
     if request.data.calib_table is not None:
-        calibration_table.load(request.data.calib_table)
+        given.require_readable(request.data.calib_table)
 
 
 def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsRequest) -> None:

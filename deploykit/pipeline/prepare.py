@@ -21,7 +21,7 @@ from deploykit import backends, calibration_table
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import BackendFailed, DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
-from deploykit.pipeline import int8, mixed
+from deploykit.pipeline import given, int8, mixed
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.mixed import Aim, Task
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
@@ -148,9 +148,7 @@ def given_table(shop: Workshop, path: Path) -> Artifact:
     """The artifact of a calibration table that the user gave. Raises StaleCalibration when it is another model's."""
 
     def build(folder: Path) -> Artifact:
-        table = calibration_table.load(path)
-        table.require_match(model_sha256=_digest(shop))
-        table.save(folder / "calib.json")
+        given.table(path, shop.model.path, _digest(shop)).save(folder / "calib.json")
         return replace(
             shop.model,
             path=folder / "calib.json",

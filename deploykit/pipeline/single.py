@@ -16,7 +16,7 @@ from deploykit import calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError, UnknownName
-from deploykit.pipeline import int8, prepare
+from deploykit.pipeline import given, int8, prepare
 from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
@@ -260,9 +260,7 @@ def make_table(
 ) -> CalibrationTable:
     """The calibration table that was given, or one made on these samples."""
     if request.calib_table is not None:
-        table = calibration_table.load(request.calib_table)
-        table.require_match(model_sha256=model.digest)
-        return table
+        return given.table(request.calib_table, path, model.digest)
     if chosen is None:
         raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
     narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")

@@ -28,6 +28,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "check": ("stages/checks/*.py", "graph.py"),
     "calibrate": (
         *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
+        *("foreign_cache.py", "trt_cache.py", "pipeline/given.py"),
         *("graph.py", "data/*.py", "preprocess.py"),
     ),
     "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit import calibration_table, trt_cache
+from deploykit import calibration_table, foreign_cache, trt_cache
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError
 
@@ -22,14 +22,17 @@ def available(trt: Any) -> bool:
 
 
 def cache_text(trt: Any, path: Path) -> str:
-    """The cache at `path` (our JSON table, or TensorRT's text) with the header that this TensorRT takes.
+    """The cache at `path` (our JSON table, TensorRT's text or a table of ONNX Runtime's) with the header that this TensorRT
+    takes.
 
     TensorRT calibrates anew, without a word, when the header is of another version; so it is written for this one.
     Raises InputError for a file that is neither.
     """
-    if path.suffix == ".json":
+    if foreign_cache.is_ours(path):
         table: CalibrationTable = calibration_table.load(path)
         return trt_cache.to_text(table, version=trt.__version__)
+    if not path.read_bytes().startswith(b"TRT-"):
+        return trt_cache.text_of(foreign_cache.read(path).amax, version=trt.__version__)
     _, scales = trt_cache.read(path)
     lines = path.read_text().replace("\r\n", "\n").split("\n")
     if not scales:
