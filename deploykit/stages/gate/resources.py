@@ -47,7 +47,8 @@ def timed(row: Row, found: Turns | Settled, limits: Limits) -> list[Reason]:
         return [reason(row, check, "inconclusive", doubt) for check in checks]
     reasons: list[Reason] = []
     if limits.max_slowdown is not None:
-        reasons += _speed(row, found, limits.max_slowdown)
+        run, wall = contrasts(found, undisturbed_seconds), contrasts(found, seconds_an_item)
+        reasons += speed(row, run, wall, limits.max_slowdown)
     if limits.max_memory_growth is not None:
         reasons.append(_growth(row, "memory", contrasts(found, peak_bytes), limits.max_memory_growth, "peak memory"))
     if limits.max_startup_growth is not None:
@@ -55,19 +56,18 @@ def timed(row: Row, found: Turns | Settled, limits: Limits) -> list[Reason]:
     return reasons
 
 
-def _speed(row: Row, turns: Turns, limit: float) -> list[Reason]:
-    """Two checks: what an undisturbed run takes, and the wall clock.
+def speed(row: Row, run: Contrasts, wall: Contrasts, limit: float) -> list[Reason]:
+    """Two checks: what an undisturbed run takes (`run`), and the wall clock.
 
     The wall clock holds what other processes took as well, so on a busy machine it seldom shows that nothing changed. Where it
     does not, and its own estimate lies within the limit, the undisturbed run decides alone.
     """
-    run, wall = contrasts(turns, undisturbed_seconds), contrasts(turns, seconds_an_item)
-    speed = _slowdown(row, "speed", run, limit, "an undisturbed run")
+    typical = _slowdown(row, "speed", run, limit, "an undisturbed run")
     rate = _slowdown(row, "throughput", wall, limit, "by the wall clock")
-    if rate.outcome == "inconclusive" and speed.outcome == "pass" and lost(wall).value <= limit:
+    if rate.outcome == "inconclusive" and typical.outcome == "pass" and lost(wall).value <= limit:
         said = f"{rate.message}; within the limit as far as it can tell, and the undisturbed run decides"
         rate = reason(row, "throughput", "pass", said)
-    return [speed, rate]
+    return [typical, rate]
 
 
 def _slowdown(row: Row, check: str, found: Contrasts, limit: float, what: str) -> Reason:

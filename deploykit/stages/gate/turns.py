@@ -7,6 +7,7 @@ shows the spread of processes of this machine in this very job.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def _bootstrap(values: Floats, level: float, resamples: int = 2000) -> tuple[flo
     return float(low), float(high)
 
 
+@functools.cache
 def _student(level: float, freedom: int) -> float:
     """The two-sided quantile of Student's t: the t whose central probability is `level`, by bisection on the finite series
     of Abramowitz and Stegun 26.7.3 and 26.7.4."""
