@@ -92,6 +92,11 @@ def plan(model: onnx.ModelProto, tensors: Sequence[str] | None = None) -> Plan:
     return Plan(found, tuple(name for name in data if name in needed), _stores_infinity(model))
 
 
+def computed(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Names of the float tensors that follow from the model's inputs, those among them, in graph order."""
+    return tuple(_data_tensors(model.graph))
+
+
 def _data_tensors(graph: onnx.GraphProto) -> dict[str, None]:
     """Names of tensors that depend on an input's values, in graph order; int shapes and constants are left out."""
     stored = {t.name for t in graph.initializer}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit import backends, calibration_table, data, machine
+from deploykit import backends, calibration_table, children, data, machine, nonfinite
 from deploykit.artifact import Artifact
 from deploykit.children import side_by_side
 from deploykit.errors import (
@@ -16,6 +16,7 @@ from deploykit.errors import (
     DeploykitError,
     InputError,
     MissingBackend,
+    ModelError,
     OutOfSpace,
     StaleCalibration,
     UnknownName,
@@ -27,7 +28,7 @@ from deploykit.pipeline.plan import PlannedRow, check_names
 from deploykit.pipeline.request import DataRequest, Narrator, RowsRequest, Silent, SourceRequest
 from deploykit.pipeline.shares import Shares, aim_of, calibrates, samples_for, shapes_of
 from deploykit.pipeline.target import Target, name_apart, open_targets
-from deploykit.pipeline.workshop import Workshop
+from deploykit.pipeline.workshop import STAGE_TIMEOUT_S, Workshop
 from deploykit.report_document import Report
 from deploykit.roofline import Ceilings
 from deploykit.row import Row
@@ -36,6 +37,8 @@ from deploykit.signature import Feeds, Signature
 from deploykit.stages import bench
 from deploykit.store import Store
 
+
+LINTED = ("tensorrt", "tensorrt-rtx")  # whose rules for a quantized graph are known
 
 @dataclass(frozen=True)
 class LineRequest:
@@ -87,6 +90,9 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
     table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
     report = _report(request, models, samples, table, results, reference, ceilings)
+    origin = _first_nan(first, results, samples.judge, say)
+    loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
+    table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
@@ -103,6 +109,21 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
 def _check(request: LineRequest) -> None:
     """Raises what is wrong with the request by itself, before anything is spent on it."""
     check_names(request.rows)
+def _first_nan(model: Target, results: measuring.Results | None, judge: Samples | None, say: Narrator) -> str:
+    """Which node of the float model first gives NaN, where its outputs hold some on the samples that judge; '' elsewhere."""
+    failed = results is not None and any(isinstance(drift, ModelError) for drift in results.drifts.values())
+    if not failed or judge is None or model.shop is None:
+        return ""
+    say.step("look for the node that gives NaN")
+    try:
+        found = children.run(
+            "look for NaN", nonfinite.in_outputs, model.shop.model.path, judge, timeout_s=STAGE_TIMEOUT_S, progress=say.progress
+        )
+    except DeploykitError:  # said beside the rows already: this only adds where
+        return ""
+    return "" if found is None else f"the float model itself: {found}"
+
+
     bench.duration(request.rows.duration)
     if not request.rows.batches or min(request.rows.batches) < 1:
         raise InputError(f"--batch must name positive sizes, not {request.rows.batches}", "example: --batch 1,8")
@@ -132,7 +153,11 @@ def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsReque
         if row.skip or row.engine_key in model.built or row.engine_key in wanted:
             continue
         try:
-            wanted[row.engine_key] = (row, prepare.graph_for(shop, _graph_kind(row, shop), table, recipe, aim))
+            kind = _graph_kind(row, shop)
+            graph = prepare.graph_for(shop, kind, table, recipe, aim)
+            if row.backend in LINTED and kind in ("int8-tensorrt", "mixed"):
+                prepare.lint(shop, graph, kind, row.backend)
+            wanted[row.engine_key] = (row, graph)
         except (DataError, OutOfSpace, StaleCalibration):
             raise  # the user's to mend, and no row's own
         except DeploykitError as exc:
@@ -224,6 +249,8 @@ def _report(
         notes.append(f"measurements reused from {results.taken_at}: nothing changed since (--remeasure takes them anew)")
     return Report(
         rows=tuple(table),
+    if origin:
+        notes.append(origin)
         reference=named,
         model=model,
         environment={**machine.describe(), **({"ceilings": ceilings.to_json()} if ceilings is not None else {})},

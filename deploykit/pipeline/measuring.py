@@ -19,7 +19,7 @@ from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact, sha256_of
 from deploykit.children import Child, side_by_side
 from deploykit.drift import Drift
-from deploykit.errors import BackendFailed, DeploykitError
+from deploykit.errors import BackendFailed, DeploykitError, ModelError
 from deploykit.measurement import Measurement
 from deploykit.pipeline.plan import PlannedRow
 from deploykit.pipeline.request import Narrator, RowsRequest
@@ -92,7 +92,7 @@ def take(
         everything = [*entries, *predictions]
         try:
             drifts = _accuracy(everything, judge, rows, threads, narrator)
-        except BackendFailed as exc:  # the reference's: nothing can be judged, and the speed is measured all the same
+        except (BackendFailed, ModelError) as exc:  # the reference's: nothing can be judged; the speed is measured all the same
             drifts = {engine_id(e.row): exc for e in everything}
     speeds = _speed(entries, pools, rows, threads, narrator)
     results = Results(speeds, drifts, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), False, references)
@@ -130,7 +130,6 @@ def _key(entries: Sequence[Entry], judge: Samples | None, pool: str, rows: RowsR
 def _speed(
     entries: Sequence[Entry], pools: Mapping[int, list[Feeds]], rows: RowsRequest, threads: int, narrator: Narrator
 ) -> dict[str, Measurement | DeploykitError]:
-    narrator.step("bench")
     targets = []
     for entry in entries:
         row = entry.row
@@ -145,7 +144,20 @@ def _speed(
         targets.append(target)
         if rows.aa and row.reference:
             targets.append(bench.again(target, AA_SUFFIX))
-    return bench.measure(targets, pools, bench.duration(rows.duration), progress=narrator.progress)
+    span = bench.duration(rows.duration)
+    low, high = bench.expected_s(targets, span)
+    narrator.step(f"bench: {len(targets)} rows, {span.name}, {about(low, high)}")
+    return bench.measure(targets, pools, span, progress=narrator.progress)
+
+
+def about(low_s: float, high_s: float) -> str:
+    """A span of time in words: 'about 40 s', '5 to 7 minutes', '3.0 to 3.4 hours'."""
+    if high_s < 120:
+        return f"about {high_s:.0f} s"
+    size, unit = (60.0, "minutes") if high_s < 2 * 3600 else (3600.0, "hours")
+    digits = 0 if unit == "minutes" else 1
+    low, high = f"{low_s / size:.{digits}f}", f"{high_s / size:.{digits}f}"
+    return f"{high} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 AA_SUFFIX = " A/A"

@@ -20,7 +20,16 @@ from deploykit import artifact as artifacts
 from deploykit import backends, calibration_table
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import BackendFailed, DataError, InputError, NotForThisGraph, OutOfSpace, StaleCalibration, UnknownName
+from deploykit.errors import (
+    BackendFailed,
+    ChecksFailed,
+    DataError,
+    InputError,
+    NotForThisGraph,
+    OutOfSpace,
+    StaleCalibration,
+    UnknownName,
+)
 from deploykit.pipeline import given, int8, mixed
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.mixed import Aim, Task
@@ -88,13 +97,16 @@ def summary_json(summary: GraphSummary) -> dict[str, Any]:
     return {**dataclasses.asdict(summary), "signature": summary.signature.to_json()}
 
 
-def check(shop: Workshop, targets: tuple[str, ...]) -> None:
-    """Fills in the findings and the summary of the FP32 graph."""
+def check(shop: Workshop, targets: tuple[str, ...], shapes: Mapping[str, ShapeRange] | None = None) -> None:
+    """Fills in the findings and the summary of the FP32 graph; `targets` of which no rules are known are left out."""
     from deploykit.stages import checks
 
+    targets = tuple(target for target in targets if target in checks.RULED)
+    ranges = dict(shapes or {})
+
     def build(folder: Path) -> Artifact:
-        findings = shop.child("check", checks.find, shop.model.path, targets)
-        summary = shop.child("check", checks.summary, shop.model.path)
+        findings = shop.child("check", find_findings, shop.model.path, targets, ranges)
+        summary = shop.child("check", summarize, shop.model.path, ranges)
         doc = {"findings": [f.to_json() for f in findings], "summary": summary_json(summary)}
         (folder / "findings.json").write_text(json.dumps(doc, indent=1))
         return replace(
@@ -107,10 +119,47 @@ def check(shop: Workshop, targets: tuple[str, ...]) -> None:
             companions={},
         )
 
-    made = shop.keep("check", "check", shop.model.sha256, {"targets": sorted(targets)}, build)
+    options = {"targets": sorted(targets), "shapes": shapes_json(ranges)}
+    made = shop.keep("check", "check", shop.model.sha256, options, build)
     doc = json.loads(made.path.read_text())
     shop.findings = tuple(Finding(**f) for f in doc["findings"])
     shop.summary = doc["summary"]
+
+
+def find_findings(path: Path, targets: tuple[str, ...], shapes: Mapping[str, ShapeRange]) -> list[Finding]:
+    """The check stage; runs in a child process."""
+    from deploykit.stages import checks
+
+    return checks.find(path, targets, shapes=shapes)
+
+
+def summarize(path: Path, shapes: Mapping[str, ShapeRange]) -> GraphSummary:
+    """The graph's summary; runs in a child process."""
+    from deploykit.stages import checks
+
+    return checks.summary(path, shapes=shapes)
+
+
+def shapes_json(shapes: Mapping[str, ShapeRange]) -> dict[str, list[list[int]]]:
+    """The ranges as JSON values."""
+    return {name: [list(r.min), list(r.opt), list(r.max)] for name, r in shapes.items()}
+
+
+def lint(shop: Workshop, graph: Artifact, kind: str, target: str) -> None:
+    """Adds to the findings what the target's rules say of the graph that was quantized for it. Raises ChecksFailed for an error."""
+    from deploykit.stages import checks
+
+    def build(folder: Path) -> Artifact:
+        findings = shop.child("check", checks.lint, graph.path, target)
+        (folder / "findings.json").write_text(json.dumps([f.to_json() for f in findings], indent=1))
+        return replace(graph, path=folder / "findings.json", format="findings", stage="check", facts={}, companions={})
+
+    made = shop.keep("check", f"check {kind} {target}", graph.sha256, {"target": target}, build)
+    findings = [Finding(**f) for f in json.loads(made.path.read_text())]
+    shop.findings += tuple(replace(f, message=f"in the {kind} graph: {f.message}") for f in findings)
+    for finding in findings:
+        if finding.severity == "error":
+            raise ChecksFailed(f"{finding.code} in the {kind} graph: {finding.message}", finding.remedy)
 
 
 def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifact:
@@ -256,7 +305,7 @@ def engine(
         "target": target,
         "batches": list(batches),
         "model": shop.name,
-        "shapes": {name: [list(r.min), list(r.opt), list(r.max)] for name, r in shapes.items()},
+        "shapes": shapes_json(shapes),
     }
     if calibration is not None:
         options |= {"calibration": calibration.digest, "calibration_n": len(calibration)}

@@ -47,7 +47,7 @@ def open_targets(target: SourceRequest, rows: RowsRequest, store: Store, say: Na
         )
     shop = prepare.open_source(target, store, say, batches=rows.batches)
     chosen = rows.backends or backends.default_names()
-    prepare.check(shop, tuple(b for b in chosen if b not in ("torch", "torch-compile")))
+    prepare.check(shop, tuple(chosen), rows.shapes)
     errors = [f for f in shop.findings if f.severity == "error" and f.target == "any"]
     if errors:
         raise ChecksFailed(

@@ -25,11 +25,11 @@ PACKAGE = Path(__file__).parent.parent
 _CODE: Mapping[str, tuple[str, ...]] = {
     "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py"),
     "source": ("stages/export*.py", "stages/source*.py", "source_spec.py"),
-    "check": ("stages/checks/*.py", "graph.py"),
+    "check": ("stages/checks/*.py", "graph.py", "signature.py"),
     "calibrate": (
         *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
         *("foreign_cache.py", "trt_cache.py", "pipeline/given.py"),
-        *("graph.py", "data/*.py", "preprocess.py"),
+        *("graph.py", "nonfinite.py", "signature.py", "data/*.py", "preprocess.py"),
     ),
     "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
     "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py"),

@@ -24,6 +24,7 @@ from deploykit.signature import Feeds
 Progress = Callable[[str, float], None]
 OPEN_TIMEOUT_S = 600.0
 WINDOW_TIMEOUT_S = 120.0
+LAUNCH_S = 1.5  # to start a process, open the engine and warm it up: 0.7 to 2 s for ResNet-18 on 2 cores
 _MEMORY_RESERVE_BYTES = 2 << 30
 
 
@@ -125,6 +126,12 @@ def measure(
             if progress:
                 progress(f"measuring {name}, launch {launch + 1} of {span.launches}", done / total)
     return {key: _result(item, span, environment or {}) for key, item in collected.items()}
+
+
+def expected_s(targets: Sequence[Target], span: Duration) -> tuple[float, float]:
+    """How long `measure` will take at least, and with each row's full time and LAUNCH_S for each of its processes."""
+    n = len(targets)
+    return n * span.seconds, n * (max(span.seconds, span.limit_s) + span.launches * LAUNCH_S)
 
 
 def _parts(rows: Sequence[Target]) -> list[list[Target]]:

@@ -11,6 +11,7 @@ forward pass, ReduceMin and ReduceMax nodes in the graph as much; and numpy's se
 from __future__ import annotations
 
 import hashlib
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit import checkpoint, graph, observation
+from deploykit import checkpoint, graph, nonfinite, observation
 from deploykit.activations import Activations, open_model
 from deploykit.calibration_table import METHODS, CalibrationTable, Range
 from deploykit.children import available_threads, report_progress
 from deploykit.clipping import PERCENTILE, choose
-from deploykit.errors import DataError, InputError, ModelError, UnknownName
+from deploykit.errors import DataError, DeploykitError, InputError, ModelError, UnknownName
 from deploykit.histogram import Observation, sampled_row
 from deploykit.observation import Plan
 from deploykit.samples import Samples
@@ -34,7 +35,7 @@ from deploykit.signature import Feeds, Signature
 
 VALUES_PER_TENSOR = 1 << 21  # sampled for the histogram, over all samples ...
 LEAST_PER_SAMPLE = 4096  # ... but so many of each sample at least
-CHECKPOINT_EVERY = 16  # batches
+CHECKPOINT_S = 2.0  # seconds of work that a killed pass loses at most, where `resume` is given
 FEW = 100
 MASK = 1e30  # larger magnitudes are attention masks (float32's lowest value, say), which no 8-bit range can hold
 
@@ -65,8 +66,8 @@ def collect(
 
     One pass over the samples serves all methods. With `resume`, progress is kept in that file, and a pass that was
     killed goes on from there; the file is removed at the end. `percentile` (in %) is that method's share of values kept.
-    Raises ModelError for a model that is quantized already or cannot run, DataError for no samples and for NaN or infinite
-    activations (naming the tensor and the sample), UnknownName for a method or a tensor, MissingBackend without
+    Raises ModelError for a model that is quantized already, cannot run, or gives NaN or infinite activations (naming the node and the
+    sample), DataError for no samples and for NaN in them, UnknownName for a method or a tensor, MissingBackend without
     ONNX Runtime, BackendFailed where the model fails on a batch.
     """
     _check_arguments(samples, methods, batch, percentile)
@@ -81,12 +82,20 @@ def collect(
     mark = hashlib.sha256(repr((digest, samples.digest, tuple(opened.layouts), most)).encode()).hexdigest()
     state = _Progress() if resume is None else _restore(resume, mark)
     rest = samples.take(range(state.done, len(samples)), samples.role)
-    for number, (feeds, count) in enumerate(_ahead(rest, opened), start=1):
-        _see(state, opened, plan, feeds, count, most)
+    what = "calibrating" + (f", resumed at sample {state.done}" if state.done else "")
+    kept_at = time.monotonic()
+    for feeds, count in _ahead(rest, opened):
+        try:
+            _see(state, opened, plan, feeds, count, most)
+        except _NotFiniteError as exc:
+            if resume is not None:  # no use to anyone: these samples fail again
+                resume.unlink(missing_ok=True)
+            raise _explained(exc, path, samples) from exc
         state.done += count
-        report_progress("calibrating", state.done / len(samples))
-        if resume is not None and number % CHECKPOINT_EVERY == 0 and state.done < len(samples):
+        report_progress(what, state.done / len(samples))
+        if resume is not None and state.done < len(samples) and time.monotonic() - kept_at >= CHECKPOINT_S:
             _keep(resume, mark, state)
+            kept_at = time.monotonic()
     notes = (*opened.notes, *_notes(state, plan, samples))
     tables = _tables(_all_seen(state, plan), samples, digest, methods, percentile, most, notes)
     if resume is not None:
@@ -145,14 +154,30 @@ def _see(state: _Progress, opened: Activations, plan: Plan, feeds: Feeds, count:
         state.seen.setdefault(name, Observation()).see(low, high, values)
 
 
-def _not_finite(name: str, rows: NDArray[Any], done: int, is_input: bool) -> DataError:
+class _NotFiniteError(Exception):
+    """A tensor that holds NaN or Inf on a sample."""
+
+    def __init__(self, name: str, kind: str, position: int, is_input: bool) -> None:
+        super().__init__(name)
+        self.name, self.kind, self.position, self.is_input = name, kind, position, is_input
+
+
+def _not_finite(name: str, rows: NDArray[Any], done: int, is_input: bool) -> _NotFiniteError:
     bad = next(i for i, row in enumerate(rows) if not np.isfinite(row).all())
-    kind = "NaN" if np.isnan(rows[bad]).any() else "Inf"
-    where = f"sample {done + bad} of the calibration set (counted from 0)"
-    if is_input:
-        return DataError(f"input '{name}' holds {kind} in {where}", "repair or remove that sample")
-    return DataError(
-        f"tensor '{name}' holds {kind} on {where}",
+    return _NotFiniteError(name, "NaN" if np.isnan(rows[bad]).any() else "Inf", done + bad, is_input)
+
+
+def _explained(found: _NotFiniteError, path: Path, samples: Samples) -> InputError:
+    """DataError where the data is at fault, ModelError with the node where the model is."""
+    where = f"sample {found.position} of the calibration set (counted from 0)"
+    if found.is_input:
+        return DataError(f"input '{found.name}' holds {found.kind} in {where}", "repair or remove that sample")
+    try:
+        origin = nonfinite.first(path, samples, found.position, found.kind)
+    except DeploykitError:
+        origin = None
+    return ModelError(
+        f"tensor '{found.name}' holds {found.kind} on {where}" + (f": {origin}" if origin is not None else ""),
         "the float model itself overflows or divides by zero there: look at its weights with `deploykit check`, and at that sample",
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deploykit.stages.checks.api import TARGETS, find
+from deploykit.stages.checks.api import RULED, TARGETS, find, lint
 from deploykit.stages.checks.repair import repair
 from deploykit.stages.checks.summary import GraphSummary, summary
 
-__all__ = ["TARGETS", "GraphSummary", "find", "repair", "summary"]
+__all__ = ["RULED", "TARGETS", "GraphSummary", "find", "lint", "repair", "summary"]

@@ -13,8 +13,13 @@ from deploykit.stages.checks.context import Graph
 from deploykit.verdict import Finding
 
 TENSORRT = ("tensorrt", "tensorrt-rtx")
-_PROVIDERS = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx")  # no findings of their own: they fall back, and say so
+_PROVIDERS = (
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-rtx",
+)  # no findings of their own: they fall back, and say so
 TARGETS = ("onnxruntime", "openvino", *TENSORRT, "torch", "torch-compile", "executorch", "litert", "tvm", *_PROVIDERS)
+RULED = ("onnxruntime", "openvino", *TENSORRT)  # targets of which something is known beyond what holds for every engine
 # How far a sample's outputs may lie apart between batches, as a share of the output's largest magnitude. FP32: summation
 # order. FP16 and integer graphs: a rounding step in the last layer, a scale taken over the whole batch.
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 5e-2
@@ -36,6 +41,12 @@ def find(path: Path, targets: Sequence[str] = (), *, shapes: Mapping[str, ShapeR
     return fold(_hits(graph, tuple(dict.fromkeys(targets)), shapes))
 
 
+def lint(path: Path, target: str) -> list[Finding]:
+    """What TensorRT's rules for Q/DQ say of a quantized graph, errors first, without running it or asking the target's parser;
+    empty for any other target. Raises ModelError for a file that is no ONNX model."""
+    return fold(tensorrt.find(Graph.load(path), target)) if target in TENSORRT else []
+
+
 def _hits(graph: Graph, targets: tuple[str, ...], shapes: Mapping[str, ShapeRange] | None) -> Iterator[Hit]:
     ran = runs.prove(graph.path, graph.signature, COARSE_TOLERANCE if _is_coarse(graph) else TOLERANCE, shapes)
     refused = list(loaders.openvino(graph.path)) if "openvino" in targets else []
@@ -51,6 +62,9 @@ def _hits(graph: Graph, targets: tuple[str, ...], shapes: Mapping[str, ShapeRang
         yield from quantized.find(graph)
         yield from batch.find(graph, ran)
     for target in targets:
+        if target not in RULED:
+            detail = f"nothing was looked for that {target} in particular would refuse or slow down"
+            yield Hit("DK068", detail=detail, target=target)
         if target in TENSORRT:
             rules = list(tensorrt.find(graph, target)) if sound else []
             yield from rules

@@ -202,6 +202,12 @@ RULES = _table(
         "an opset newer than the installed onnx knows",
         "export with an opset that engines have (18 to 21 is safe), or upgrade onnx and the engines",
     ),
+    (
+        "DK068",
+        "info",
+        "no rules are known for that target",
+        "its build is the check: deploykit build MODEL --backend TARGET -o DIR",
+    ),
     # --- TensorRT's rules for Q/DQ
     (
         "DK101",
