@@ -67,7 +67,7 @@ def measure(
 ) -> gates.Fresh:
     """By row id of `new`: both engines measured in turns, or why the row was not. Raises InputError for an unknown duration
     and for data that cannot be read."""
-    span = _span(how.duration)
+    length = span(how.duration)
     found: dict[str, gates.Turns | gates.Settled] = {}
     pairs: list[Pair] = []
     for was, now, _ in gates.pairs_of(new.rows, [r for r in old.rows if not gates.is_copy(r)]):
@@ -87,7 +87,7 @@ def measure(
             narrator.progress(what, (number + share) / len(pairs))
 
         feeds = inputs.of(pair)
-        found[row_id(pair.row)] = in_turns(pair, feeds, span, BLOCKS[how.duration][1], limits.of(pair.row), tell)
+        found[row_id(pair.row)] = in_turns(pair, feeds, length, BLOCKS[how.duration][1], limits.of(pair.row), tell)
     return found
 
 
@@ -125,7 +125,7 @@ def _more(a: Measurement, b: Measurement) -> Measurement:
     )
 
 
-def _span(name: str) -> bench.Duration:
+def span(name: str) -> bench.Duration:
     """The duration of that name for the gate: as long a row, over as many launches as it needs."""
     span = bench.duration(name)
     launches = BLOCKS[name][0]

@@ -15,7 +15,7 @@ from deploykit.stages.gate.against import Fresh, Outcomes, RowOutcomes, Side, ag
 from deploykit.stages.gate.comparable import EVERYTHING, edited, is_copy, pairs_of
 from deploykit.stages.gate.drops import own_drop
 from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_drop, parse_growth, parse_slowdown
-from deploykit.stages.gate.resources import Settled, undecided
+from deploykit.stages.gate.resources import Settled, timed, undecided
 from deploykit.stages.gate.turns import MIN_LAUNCHES, Turns
 from deploykit.verdict import Reason, Verdict, combine
 
@@ -36,6 +36,7 @@ __all__ = [
     "parse_drop",
     "parse_growth",
     "parse_slowdown",
+    "timed",
     "undecided",
 ]
 
