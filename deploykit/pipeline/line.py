@@ -37,8 +37,8 @@ from deploykit.signature import Feeds, Signature
 from deploykit.stages import bench
 from deploykit.store import Store
 
-
 LINTED = ("tensorrt", "tensorrt-rtx")  # whose rules for a quantized graph are known
+
 
 @dataclass(frozen=True)
 class LineRequest:
@@ -88,11 +88,11 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         pools, pool_digest = _pools(first.signature, samples.judge, entries, rows)
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
-    table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
-    report = _report(request, models, samples, table, results, reference, ceilings)
     origin = _first_nan(first, results, samples.judge, say)
     loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
     table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
+    table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
+    report = _report(request, models, samples, table, results, reference, ceilings)
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
@@ -106,9 +106,6 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     )
 
 
-def _check(request: LineRequest) -> None:
-    """Raises what is wrong with the request by itself, before anything is spent on it."""
-    check_names(request.rows)
 def _first_nan(model: Target, results: measuring.Results | None, judge: Samples | None, say: Narrator) -> str:
     """Which node of the float model first gives NaN, where its outputs hold some on the samples that judge; '' elsewhere."""
     failed = results is not None and any(isinstance(drift, ModelError) for drift in results.drifts.values())
@@ -124,6 +121,9 @@ def _first_nan(model: Target, results: measuring.Results | None, judge: Samples 
     return "" if found is None else f"the float model itself: {found}"
 
 
+def _check(request: LineRequest) -> None:
+    """Raises what is wrong with the request by itself, before anything is spent on it."""
+    check_names(request.rows)
     bench.duration(request.rows.duration)
     if not request.rows.batches or min(request.rows.batches) < 1:
         raise InputError(f"--batch must name positive sizes, not {request.rows.batches}", "example: --batch 1,8")
@@ -243,14 +243,14 @@ def _report(
         versions.update(backends.get(name).versions())
     notes = list(dict.fromkeys(n for s in (samples.judge, samples.calibrate) if s is not None for n in s.notes))
     notes.extend(note for note in assemble.shared_notes(results) if note not in notes)
+    if origin:
+        notes.append(origin)
     if samples.judge is None:
         notes.append("no data was given: accuracy was not measured; timed on random inputs")
     if results is not None and results.reused:
         notes.append(f"measurements reused from {results.taken_at}: nothing changed since (--remeasure takes them anew)")
     return Report(
         rows=tuple(table),
-    if origin:
-        notes.append(origin)
         reference=named,
         model=model,
         environment={**machine.describe(), **({"ceilings": ceilings.to_json()} if ceilings is not None else {})},
