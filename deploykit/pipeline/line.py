@@ -89,10 +89,8 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
     origin = _first_nan(first, results, samples.judge, say)
-    loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
-    table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
     table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
-    report = _report(request, models, samples, table, results, reference, ceilings)
+    report = _report(request, models, samples, table, results, reference, ceilings, origin)
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
@@ -223,6 +221,7 @@ def _report(
     results: measuring.Results | None,
     reference: tuple[str, str, str, str] | None,
     ceilings: Ceilings | None,
+    origin: str,
 ) -> Report:
     shop = models[0].shop
     named = dict(zip(("name", "backend", "precision"), reference or (), strict=False))
