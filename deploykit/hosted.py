@@ -5,10 +5,15 @@ The timed region of a run is `bind(feeds)()`: host in, host out (MEASURING: one 
 
 from __future__ import annotations
 
+import functools
+import itertools
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from deploykit import artifact as artifacts
 from deploykit import backends
@@ -18,6 +23,7 @@ from deploykit.measurement import Window
 from deploykit.session import OpenRequest, Session
 from deploykit.signature import Feeds, Outputs, Signature
 
+T = TypeVar("T")
 WARMUP_S = 0.2  # trtexec's default warm-up
 WARMUP_RUNS = 10
 WARMUP_MAX_S = 1.0
@@ -35,11 +41,13 @@ class Opened:
     threads: int
     notes: tuple[str, ...]
     load_s: float
+    streams: int = 1
 
 
 _session: Session | None = None
-_calls: list[Callable[[], object]] = []
-_next = 0
+# A lane is what one thread runs in turn; a session that runs several requests at once (Session.streams) has as many.
+_lanes: list[list[Callable[[], object]]] = []
+_next: list[int] = []
 
 
 def open_engine(backend: str, engine: Path, request: OpenRequest) -> Opened:
@@ -54,7 +62,8 @@ def open_bare(backend: str, engine: Artifact, request: OpenRequest) -> Opened:
     start = time.perf_counter()
     _session = backends.get(backend).open(engine, request)
     load_s = time.perf_counter() - start
-    return Opened(_session.signature, _session.precision, _session.device, _session.threads, tuple(_session.notes), load_s)
+    said = (_session.signature, _session.precision, _session.device, _session.threads, tuple(_session.notes))
+    return Opened(*said, load_s, concurrency(_session))
 
 
 def bind_inputs(pool: list[Feeds]) -> float:
@@ -62,10 +71,11 @@ def bind_inputs(pool: list[Feeds]) -> float:
 
     Warm-up: at least 200 ms and 10 runs, then until two stretches of runs agree within 3 %, 1 s at most.
     """
-    global _calls, _next
-    session = _open_session()
-    _calls = [session.bind(feeds) for feeds in pool]
-    _next = 0
+    global _lanes, _next
+    session = open_session()
+    streams = concurrency(session)
+    _lanes = [[session.bind(feeds) for feeds in pool] for _ in range(streams)]
+    _next = [lane % len(pool) for lane in range(streams)]
     start = time.perf_counter()
     before = _stretch(WARMUP_S / 2, WARMUP_RUNS // 2)
     while True:
@@ -76,11 +86,43 @@ def bind_inputs(pool: list[Feeds]) -> float:
         before = after
 
 
+def concurrency(session: Session) -> int:
+    """How many calls of the session run at once: its `streams`, where it has any."""
+    return max(1, getattr(session, "streams", 1))
+
+
 def window(seconds: float) -> Window:
-    """Runs back to back for about `seconds` (at least one run), each timed, after 50 ms that are dropped."""
-    global _next
+    """Runs back to back for about `seconds` (at least one run a lane), each timed, after 50 ms that are dropped. Several lanes
+    run at once; the wall clock goes from the first start to the last end."""
     _stretch(SETTLE_S, 1)
-    calls, index, clock = _calls, _next, time.perf_counter
+    if len(_lanes) == 1:
+        return _lane_window(0, seconds)
+    windows, wall_s = _in_threads(functools.partial(_lane_window, seconds=seconds))
+    return Window(tuple(itertools.chain.from_iterable(w.seconds for w in windows)), wall_s)
+
+
+def _in_threads(work: Callable[[int], T]) -> tuple[list[T], float]:
+    """What `work(lane)` returns for every lane, each in a thread of its own, and the seconds until the last ended. Raises what
+    the first failing lane raised."""
+    if len(_lanes) == 1:
+        start = time.perf_counter()
+        return [work(0)], time.perf_counter() - start
+    with ThreadPoolExecutor(len(_lanes)) as pool:
+        barrier = threading.Barrier(len(_lanes) + 1)
+
+        def after_all(lane: int) -> T:
+            barrier.wait()
+            return work(lane)
+
+        futures = [pool.submit(after_all, lane) for lane in range(len(_lanes))]
+        barrier.wait()
+        start = time.perf_counter()
+        results = [future.result() for future in futures]
+        return results, time.perf_counter() - start
+
+
+def _lane_window(lane: int, seconds: float) -> Window:
+    calls, index, clock = _lanes[lane], _next[lane], time.perf_counter
     times: list[float] = []
     start = before = clock()
     end = start + seconds
@@ -92,13 +134,13 @@ def window(seconds: float) -> Window:
         if now >= end:
             break
         before = clock()
-    _next = index
+    _next[lane] = index
     return Window(tuple(times), now - start)
 
 
 def infer(feeds: Feeds) -> Outputs:
     """The open session's outputs for one batch."""
-    return _open_session().infer(feeds)
+    return open_session().infer(feeds)
 
 
 def peak_rss_bytes() -> int:
@@ -112,26 +154,31 @@ def peak_rss_bytes() -> int:
 
 def close_engine() -> None:
     """Closes the open session, if any."""
-    global _session, _calls
-    _calls = []
+    global _session, _lanes
+    _lanes = []
     if _session is not None:
         _session.close()
         _session = None
 
 
-def _open_session() -> Session:
+def open_session() -> Session:
+    """The session that is open in this process. Raises BackendFailed when there is none."""
     if _session is None:
         raise BackendFailed("no engine is open in this process")
     return _session
 
 
 def _stretch(seconds: float, runs: int) -> float:
-    """Mean seconds of a run over at least `seconds` and `runs` untimed runs."""
-    global _next
-    start, done = time.perf_counter(), 0
+    """Mean seconds of a run over at least `seconds` and `runs` untimed runs of every lane."""
+    means, _ = _in_threads(functools.partial(_lane_stretch, seconds=seconds, runs=runs))
+    return sum(means) / len(means)
+
+
+def _lane_stretch(lane: int, seconds: float, runs: int) -> float:
+    calls, start, done = _lanes[lane], time.perf_counter(), 0
     while True:
-        _calls[_next]()
-        _next = (_next + 1) % len(_calls)
+        calls[_next[lane]]()
+        _next[lane] = (_next[lane] + 1) % len(calls)
         done += 1
         spent = time.perf_counter() - start
         if spent >= seconds and done >= runs:

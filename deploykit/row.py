@@ -11,7 +11,8 @@ from typing import Any
 class Row:
     """status: ok | built | skipped | failed. Times in seconds, top1/top5/agreement/cov as fractions, drops in
     percentage points (positive = worse), speedup over the report's reference at the same batch. roofline_share: of the
-    nearer ceiling, a fraction; bound_by: compute | memory | overhead."""
+    nearer ceiling, a fraction; bound_by: compute | memory | overhead. scenario: of
+    MLPerf's LoadGen, its figure in `scenario_unit` (s or samples/s), and its own verdict."""
 
     name: str
     backend: str
@@ -47,6 +48,10 @@ class Row:
     boundary: str | None = None
     notes: str = ""
     bound_by: str | None = None
+    scenario: str | None = None
+    scenario_value: float | None = None
+    scenario_unit: str | None = None
+    scenario_valid: bool | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:

@@ -52,7 +52,11 @@ class OpenRequest:
 
 
 class Session(Protocol):
-    """An open engine. `precision`, `device` and `threads` say what it really uses, not what was asked for."""
+    """An open engine. `precision`, `device` and `threads` say what it really uses, not what was asked for.
+
+    A session may have `streams`: how many calls that `bind` made may run at once, each in a thread of its own; without it,
+    one at a time. It does where its backend says `concurrent = True` and `OpenRequest.options['streams']` asked for it.
+    """
 
     signature: Signature
     precision: str

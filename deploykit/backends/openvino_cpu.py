@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ class OpenVino:
 
     name = NAME
     extra = "openvino"
+    concurrent = True
 
     def missing(self) -> Missing | None:
         """Why OpenVINO is not here; None when it is."""
@@ -103,7 +105,7 @@ class OpenVino:
 
 
 class OpenVinoSession:
-    """A compiled model on the CPU: latency hint, one stream."""
+    """A compiled model on the CPU: latency hint and one stream, or with `options['streams']` as many requests at once."""
 
     def __init__(self, compiled: Any, signature: Signature, request: OpenRequest) -> None:
         self._compiled: Any | None = compiled
@@ -111,18 +113,28 @@ class OpenVinoSession:
         self.signature = signature
         self.device = "cpu"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        self.streams = int(compiled.get_property("NUM_STREAMS"))
         self.precision, self.notes = _really(request.precision, executed(compiled))
+        if self.streams > 1:
+            self.notes = (*self.notes, f"{self.streams} requests at once, on {self.threads} threads in all")
         self._inputs = [port(compiled.inputs, spec.name, "input") for spec in signature.inputs]
         self._outputs = [port(compiled.outputs, spec.name, "output") for spec in signature.outputs]
-        self._request = compiled.create_infer_request()
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(self.streams):
+            self._idle.put(compiled.create_infer_request())
 
     def infer(self, feeds: Feeds) -> Outputs:
         """Outputs by name, copied out of the engine. Raises InputError for feeds that do not fit, BackendFailed."""
-        self._run(self._bound(self._request, feeds))
-        return {
-            spec.name: np.array(self._request.get_output_tensor(index).data)
-            for spec, index in zip(self.signature.outputs, self._outputs, strict=True)
-        }
+        self._compiled_or_raise()
+        request = self._idle.get()
+        try:
+            self._run(self._bound(request, feeds))
+            return {
+                spec.name: np.array(request.get_output_tensor(index).data)
+                for spec, index in zip(self.signature.outputs, self._outputs, strict=True)
+            }
+        finally:
+            self._idle.put(request)
 
     def bind(self, feeds: Feeds) -> Callable[[], object]:
         """One run of an infer request of its own, its inputs bound beforehand; outputs stay where the engine wrote them.
@@ -141,7 +153,7 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """Frees the engine; a second time does nothing."""
-        self._request = None
+        self._idle = queue.SimpleQueue()
         self._compiled = None
 
     def _compiled_or_raise(self) -> Any:
@@ -220,9 +232,10 @@ def compile_model(path: Path, signature: Signature, request: OpenRequest, more: 
 
     model = read(path)
     _reshape(model, signature, request.batch, request.shapes)
+    streams = int(request.options.get("streams", 1))
     config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": request.threads,
         "INFERENCE_PRECISION_HINT": "bf16" if request.precision == "bf16" else "f32",
     }

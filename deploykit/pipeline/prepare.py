@@ -169,7 +169,8 @@ def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifac
         return shop.tables[method]
 
     def build(folder: Path) -> Artifact:
-        table = shop.child("calibrate", collect_table, shop.model.path, samples, method)
+        kept = shop.store.root / f".calibration-{shop.model.sha256[:12]}-{samples.digest[:12]}.npz"
+        table = shop.child("calibrate", collect_table, shop.model.path, samples, method, kept)
         table.save(folder / "calib.json")
         return replace(
             shop.model,
@@ -187,10 +188,11 @@ def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifac
     return made
 
 
-def collect_table(path: Path, samples: Samples, method: str) -> CalibrationTable:
+def collect_table(path: Path, samples: Samples, method: str, resume: Path | None = None) -> CalibrationTable:
+    """The calibration stage; runs in a child process. `resume`: where a pass that was killed has left its progress."""
     from deploykit.stages import calibration
 
-    return calibration.collect(path, samples, methods=(method,))[method]
+    return calibration.collect(path, samples, methods=(method,), resume=resume)[method]
 
 
 def given_table(shop: Workshop, path: Path) -> Artifact:

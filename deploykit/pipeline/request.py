@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from deploykit.loadgen import SERVER_LATENCY_S
 from deploykit.signature import ShapeRange, TensorSpec
 from deploykit.stages.mixed import Budget
 
@@ -68,6 +69,9 @@ class RowsRequest:
     aa: bool = False
     remeasure: bool = False
     max_rows: int | None = None
+    streams: int = 1
+    scenario: str | None = None
+    server_latency_s: float = SERVER_LATENCY_S
 
 
 class Narrator(Protocol):

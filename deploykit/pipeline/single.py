@@ -125,7 +125,8 @@ def open_data(model: ModelFile, spec: str, request: DataRequest, shapes: Mapping
 def calibrate_file(
     path: Path, request: DataRequest, out: Path, trt_cache: Path | None, narrator: Narrator, shapes: Mapping[str, ShapeRange]
 ) -> CalibrationTable:
-    """The calibration table of a model over DATA, written to `out` (and as TensorRT's text cache)."""
+    """The calibration table of a model over DATA, written to `out` (and as TensorRT's text cache); a pass over the same
+    samples that was killed goes on where it stopped, from the file beside it that ends in .progress."""
     from deploykit import trt_cache as text_cache
 
     model = open_model(path)
@@ -145,6 +146,7 @@ def calibrate_file(
             path,
             chosen,
             request.method,
+            out.with_name(out.name + ".progress"),
             timeout_s=STAGE_TIMEOUT_S,
             progress=narrator.progress,
         )

@@ -25,6 +25,10 @@ _MEANING = {
     "agreement": "share of samples whose top-1 is the reference's, a fraction",
     "sqnr_db": "output signal over quantization noise, decibels",
     "roofline_share": "share of the nearer ceiling measured on this machine, a fraction",
+    "scenario": "SingleStream, MultiStream, Server or Offline, measured by MLPerf's LoadGen; more in `scenarios`",
+    "scenario_value": "in scenario_unit: p90 latency, p99 latency of a query of 8, highest Poisson rate, throughput",
+    "scenario_unit": "s or samples/s",
+    "scenario_valid": "LoadGen's own verdict",
     "bound_by": "compute or memory: at least half of the time is what that ceiling asks for; else overhead",
 }
 
@@ -50,6 +54,7 @@ def schema() -> dict[str, Any]:
         "versions": {"type": "object", "additionalProperties": text},
         "notes": texts,
         "drifts": {"type": "object", "additionalProperties": record},
+        "scenarios": {"type": "object", "additionalProperties": record},
         "checksum": {"type": "string", "description": "sha256 over the JSON of all the rest, keys sorted"},
     }
     return {
