@@ -48,7 +48,8 @@ class Report:
     reference: name, backend and precision of the row that speed-ups and drops are over (PyTorch eager FP32, else ONNX
     Runtime FP32); model: name, digest, parameters, macs, ...; environment: the machine; samples: `Samples.describe()`
     by role ('calibrate', 'judge'); versions: package -> version; measured_at: ISO 8601; measurements: row id ->
-    `Measurement.to_json()`, kept in a file beside the report; drifts: row id -> statistics of that row's drift.
+    `Measurement.to_json()`, kept in a file beside the report; drifts: row id -> statistics of that row's drift; scenarios: row id ->
+    what MLPerf's LoadGen found.
     """
 
     rows: tuple[Row, ...]
@@ -64,6 +65,7 @@ class Report:
     notes: tuple[str, ...] = ()
     drifts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scenarios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     wrong_checksum: str = ""  # the one its file states, where the rest of the file does not have it: edited by hand
 
@@ -129,6 +131,7 @@ class Report:
             "versions": dict(self.versions),
             "notes": list(self.notes),
             "drifts": finite({k: dict(v) for k, v in self.drifts.items()}),
+            "scenarios": finite({k: dict(v) for k, v in self.scenarios.items()}),
         }
         return {**doc, "checksum": self.wrong_checksum or checksum(doc)}
 
@@ -174,6 +177,7 @@ class Report:
             versions={k: _expect(v, str, f"{where}: versions.{k}") for k, v in mapping("versions").items()},
             notes=strings("notes"),
             drifts=drifts,
+            scenarios={k: _expect(v, dict, f"{where}: scenarios.{k}") for k, v in mapping("scenarios").items()},
             measurements=measurements or {},
             wrong_checksum=_wrong_checksum(top, where),
         )

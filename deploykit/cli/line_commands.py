@@ -68,6 +68,9 @@ def run(
     limits: o.LimitsFile = None,
     remeasure: o.Remeasure = False,
     aa: o.AA = False,
+    streams: o.Streams = 1,
+    scenario: o.Scenario = None,
+    server_latency: o.ServerLatency = "15ms",
     json_file: o.JsonFile = None,
 ) -> int:
     """The whole line: export, checks, calibration, precision, engines, accuracy, bench, gate, report.
@@ -105,6 +108,7 @@ def run(
         aa,
         remeasure,
         store,
+        parsing.load(streams, scenario, server_latency),
     )
     gating.check(asked)
     with delivery.held(out, store), Bar() as bar:
@@ -145,7 +149,11 @@ def bench(
     shapes: o.Shapes = None,
     store: o.StoreFolder = Path("engines"),
     aa: o.AA = False,
+    streams: o.Streams = 1,
+    scenario: o.Scenario = None,
+    server_latency: o.ServerLatency = "15ms",
     seeds: Annotated[bool, typer.Option("--reference-table", help="Show the seeds' T4 claims beside the measured rows.")] = False,
+    logs: Annotated[Path | None, typer.Option(help="Keep LoadGen's own logs in this folder, a folder a row.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table as Markdown.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the report page.")] = None,
@@ -183,10 +191,13 @@ def bench(
         aa,
         True,
         store,
+        parsing.load(streams, scenario, server_latency),
     )
     with Bar() as bar:
         result = line.run(request, bar)
     written = delivery.write_files(result.report, csv_file, markdown_file, html_file)
+    if logs is not None:
+        delivery.write_logs(result, logs)
     show_report(result.report, json_file, [f"wrote {path}" for path in written], seeds=seeds)
     return result.exit_code
 
@@ -218,6 +229,7 @@ def _request(
     aa: bool,
     remeasure: bool,
     store: Path,
+    load: parsing.Load,
 ) -> LineRequest:
     from deploykit.pipeline.line import LineRequest
     from deploykit.pipeline.request import DataRequest, RowsRequest, SourceRequest
@@ -238,6 +250,9 @@ def _request(
             parsing.shapes(shapes),
             aa,
             remeasure,
+            streams=load.streams,
+            scenario=load.scenario,
+            server_latency_s=load.server_latency_s,
         ),
         store=store,
         command=("deploykit", *sys.argv[1:]),

@@ -119,3 +119,13 @@ Baseline = Annotated[
     Path | None,
     typer.Option(help="What to hold this run against: a run's folder, a report.json, or a folder of baselines by machine class."),
 ]
+Streams = Annotated[
+    int, typer.Option(help="Requests kept running at once, on backends that can (openvino); the others run one at a time.")
+]
+Scenario = Annotated[
+    str | None,
+    typer.Option(help="Also run each row under MLPerf's LoadGen: SingleStream, MultiStream, Server or Offline.", show_default=False),
+]
+ServerLatency = Annotated[
+    str, typer.Option("--server-latency", help="Server: the bound that 99 % of the queries keep, e.g. 15ms.")
+]

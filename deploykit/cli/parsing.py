@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deploykit.errors import InputError
@@ -81,6 +82,24 @@ def count_or_all(text: str, option: str) -> int | None:
     if not text.isdecimal():
         raise InputError(f"{option} '{text}' is neither a whole number nor 'all'", f"example: {option} 10")
     return int(text)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a row is loaded: requests at once, LoadGen's scenario, Server's bound."""
+
+    streams: int
+    scenario: str | None
+    server_latency_s: float
+
+
+def load(streams: int, scenario: str | None, server_latency: str) -> Load:
+    """The options of the load. Raises UnknownName for a scenario, InputError for a latency or a count that is none."""
+    from deploykit import loadgen
+
+    positive(streams, "--streams")
+    name = loadgen.scenario(scenario) if scenario is not None else None
+    return Load(streams, name, loadgen.latency_s(server_latency, "--server-latency"))
 
 
 def budget(max_drop: str | None, min_sqnr: float | None, min_agreement: float | None) -> Budget | None:

@@ -16,6 +16,7 @@ from deploykit import scratch as scratches
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.drift import Drift
 from deploykit.errors import InputError, OutOfSpace
+from deploykit.pipeline import scenarios
 from deploykit.pipeline.gating import OUTCOMES, measured_outcomes
 from deploykit.pipeline.line import LineResult
 from deploykit.pipeline.request import Narrator
@@ -23,6 +24,7 @@ from deploykit.report_document import Report
 from deploykit.stages import report as reports
 
 ENGINES = "engines"
+LOGS = "loadgen"
 
 
 def check_folder(out: Path) -> None:
@@ -74,9 +76,13 @@ def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -
             drifts = _write_outcomes(report, measured_outcomes(result), scratch / OUTCOMES)
             wanted = _copy_engines(result, out / ENGINES, scratch / ENGINES)
             files = reports.write(replace(report, drifts=drifts), scratch)
+            scenarios.write_logs(result.loads, scratch / LOGS)
             shutil.rmtree(out / OUTCOMES, ignore_errors=True)
             if (scratch / OUTCOMES).is_dir():
                 os.rename(scratch / OUTCOMES, out / OUTCOMES)
+            shutil.rmtree(out / LOGS, ignore_errors=True)
+            if (scratch / LOGS).is_dir():
+                os.rename(scratch / LOGS, out / LOGS)
             _swap_engines(scratch / ENGINES, out / ENGINES, wanted)
             for file in files:
                 os.replace(file, out / file.name)
@@ -92,6 +98,14 @@ def _cannot_write(out: Path, exc: OSError | OutOfSpace) -> InputError:
     if isinstance(exc, OutOfSpace) or exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfSpace(f"no space left on the disk of {out}", "free some space or choose another folder with -o")
     return InputError(f"cannot write to {out}: {exc.strerror or exc}", "choose another folder with -o")
+
+
+def write_logs(result: LineResult, folder: Path) -> None:
+    """LoadGen's own files in `folder`, a folder a row. Raises InputError where it cannot be written to."""
+    try:
+        scenarios.write_logs(result.loads, folder)
+    except OSError as exc:
+        raise _cannot_write(folder, exc) from exc
 
 
 def _write_outcomes(report: Report, outcomes: Mapping[str, Drift], folder: Path) -> dict[str, dict[str, object]]:

@@ -21,11 +21,12 @@ from deploykit.errors import (
     StaleCalibration,
     UnknownName,
 )
-from deploykit.pipeline import assemble, engines, given, measuring, prepare, rooflines
+from deploykit.pipeline import assemble, engines, given, measuring, prepare, rooflines, scenarios
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
 from deploykit.pipeline.request import DataRequest, Narrator, RowsRequest, Silent, SourceRequest
+from deploykit.pipeline.scenarios import Loads
 from deploykit.pipeline.shares import Shares, aim_of, calibrates, samples_for, shapes_of
 from deploykit.pipeline.target import Target, name_apart, open_targets
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S, Workshop
@@ -63,6 +64,7 @@ class LineResult:
     made: tuple[str, ...]
     reused: tuple[str, ...]
     workshops: tuple[Workshop, ...] = ()
+    loads: Loads = field(default_factory=Loads)
 
 
 def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
@@ -81,7 +83,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         if model.shop is not None:
             _build(model, samples, request.data, rows)
     reference = assemble.one_reference(first.rows, [r for m in models for r in m.rows], {k for m in models for k in m.runs()})
-    entries = [e for m in models for e in _entries(m, reference)]
+    entries = [e for m in models for e in _entries(m, reference, rows.streams)]
     predictions = [p for m in models if m.shop is not None for p in engines.predictions(m.shop, m.rows, m.built)]
     results = None
     if entries:
@@ -89,18 +91,21 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
     origin = _first_nan(first, results, samples.judge, say)
+    loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
+    table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
     table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
-    report = _report(request, models, samples, table, results, reference, ceilings, origin)
+    report = _report(request, models, samples, table, results, reference, ceilings, origin, loads)
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
         tuple(entries),
         built,
         results,
-        assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results),
+        max(assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results), loads.exit_code()),
         made=tuple(x for m in models if m.shop for x in m.shop.made),
         reused=tuple(x for m in models if m.shop for x in m.shop.reused),
         workshops=tuple(m.shop for m in models if m.shop),
+        loads=loads,
     )
 
 
@@ -188,13 +193,14 @@ def _graph_kind(row: PlannedRow, shop: Workshop) -> str:
     return kind if kind.startswith("source") or shop.base_precision == "fp32" else "fp32"  # the graph as it was given
 
 
-def _entries(model: Target, reference: tuple[str, str, str, str] | None) -> list[Entry]:
+def _entries(model: Target, reference: tuple[str, str, str, str] | None, streams: int) -> list[Entry]:
     found = []
     for row in model.rows:
         engine = model.built.get(row.engine_key)
         if row.skip or not row.runnable or not isinstance(engine, Artifact):
             continue
-        found.append(Entry(replace(row, reference=row.engine_key == reference), engine, {}))
+        options = {"streams": streams} if streams > 1 and backends.concurrent(row.backend) else {}
+        found.append(Entry(replace(row, reference=row.engine_key == reference), engine, options))
     return found
 
 
@@ -222,6 +228,7 @@ def _report(
     reference: tuple[str, str, str, str] | None,
     ceilings: Ceilings | None,
     origin: str,
+    loads: Loads,
 ) -> Report:
     shop = models[0].shop
     named = dict(zip(("name", "backend", "precision"), reference or (), strict=False))
@@ -260,5 +267,6 @@ def _report(
         versions=dict(sorted(versions.items())),
         notes=tuple(notes),
         drifts=assemble.drift_documents(models, results),
+        scenarios=scenarios.documents([r for m in models for r in m.rows], results, loads),
         measurements=assemble.measurement_documents(models, results),
     )
