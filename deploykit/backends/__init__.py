@@ -46,4 +46,14 @@ def default_names() -> tuple[str, ...]:
 
 def absent_names() -> tuple[str, ...]:
     """The backends known by name that this version does not have."""
+def concurrent(name: str) -> bool:
+    """Whether a session of that backend can run several requests at once (`Session.streams`)."""
+    return bool(getattr(get(name), "concurrent", False))
+
+
+def concurrent(name: str) -> bool:
+    """Whether a session of that backend can run several requests at once (`Session.streams`)."""
+    return bool(getattr(get(name), "concurrent", False))
+
+
     return tuple(absent.BACKENDS)
