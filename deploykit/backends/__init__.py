@@ -44,16 +44,11 @@ def default_names() -> tuple[str, ...]:
     return tuple(name for name in names() if name not in ONLY_WHERE_READY or get(name).missing() is None)
 
 
+def concurrent(name: str) -> bool:
+    """Whether a session of that backend can run several requests at once (`Session.streams`)."""
+    return bool(getattr(get(name), "concurrent", False))
+
+
 def absent_names() -> tuple[str, ...]:
     """The backends known by name that this version does not have."""
-def concurrent(name: str) -> bool:
-    """Whether a session of that backend can run several requests at once (`Session.streams`)."""
-    return bool(getattr(get(name), "concurrent", False))
-
-
-def concurrent(name: str) -> bool:
-    """Whether a session of that backend can run several requests at once (`Session.streams`)."""
-    return bool(getattr(get(name), "concurrent", False))
-
-
     return tuple(absent.BACKENDS)
