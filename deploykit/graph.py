@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from deploykit.artifact import write_atomically
 from deploykit.errors import ModelError
-from deploykit.signature import Dim, Signature, TensorSpec
+from deploykit.signature import Dim, Signature, TensorSpec, with_one_batch
 
 if TYPE_CHECKING:
     import onnx
@@ -129,7 +129,8 @@ def signature(model: onnx.ModelProto) -> Signature:
 
     stored = {t.name for t in model.graph.initializer}
     inputs = tuple(spec(v, is_input=True) for v in model.graph.input if v.name not in stored)
-    return Signature(inputs, tuple(spec(v, is_input=False) for v in model.graph.output))
+    outputs = tuple(spec(v, is_input=False) for v in model.graph.output)
+    return Signature(*with_one_batch(inputs, outputs))
 
 
 def digest(model: onnx.ModelProto) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +173,31 @@ class Signature:
             return tuple(TensorSpec(r["name"], r["dtype"], tuple(r["shape"])) for r in rows)
 
         return cls(specs(doc["inputs"]), specs(doc["outputs"]), doc.get("batch_symbol"))
+
+
+def with_one_batch(
+    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The specs with one symbol for the batch, where inputs name it differently ('batch' here, 'N' there).
+
+    What counts as another name of it: the symbol on axis 0 of an input that has not the batch's own, when it is called as
+    batches are, or by torch's exporter ('<input>_dynamic_axes_1').
+    """
+    batch = _find_batch_symbol(inputs)
+    firsts = [spec.shape[0] for spec in inputs if spec.shape and batch not in spec.shape]
+    others = {d for d in firsts if isinstance(d, str) and _names_a_batch(d)}
+    if batch is None or not others or not any(spec.shape and spec.shape[0] == batch for spec in inputs):
+        return inputs, outputs
+
+    def renamed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(s, shape=tuple(batch if d in others else d for d in s.shape)) for s in specs)
+
+    return renamed(inputs), renamed(outputs)
+
+
+def _names_a_batch(symbol: str) -> bool:
+    name = symbol.lower()
+    return name in BATCH_NAMES or name.startswith("batch") or name.endswith("batch") or "_dynamic_axes_" in name
 
 
 def _symbols(spec: TensorSpec) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ def compare(
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="What is held against it.")],
     data: o.Data = None,
     preprocess: o.Preprocess = None,
+    classes: o.Classes = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
     per_layer: Annotated[
@@ -75,7 +76,7 @@ def compare(
         found = comparing.compare(
             reference,
             candidate,
-            DataRequest(data, preprocess=preprocess, limit=limit),
+            DataRequest(data, preprocess=preprocess, classes=classes, limit=limit),
             parsing.shapes(shapes),
             bar,
             per_layer=per_layer,

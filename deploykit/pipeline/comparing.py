@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from deploykit import children, data, preprocess
 from deploykit.artifact import write_atomically
@@ -13,8 +17,9 @@ from deploykit.drift import Drift
 from deploykit.errors import DeploykitError, InputError
 from deploykit.pipeline.predicting import Runner, opened_as
 from deploykit.pipeline.request import DataRequest, Narrator
+from deploykit.pipeline.shares import class_names
 from deploykit.preprocess import Preprocess
-from deploykit.signature import ShapeRange
+from deploykit.signature import Feeds, Outputs, ShapeRange
 from deploykit.stages import accuracy, layers
 from deploykit.stages.layers import LayerDrift
 from deploykit.stages.report import layers_page
@@ -76,6 +81,7 @@ def compare(
     """The candidate's drift from the reference, the same samples through both, batch by batch; with `per_layer` (both are
     .onnx graphs then) layer by layer too, `most_alone` of them quantized alone, plotted in the HTML file `page`.
 
+    A model with a free batch runs at the other's fixed one; two with unlike fixed batches each take the samples in their own portions.
     Raises InputError for files and data that do not fit, BackendFailed where an engine fails.
     """
     graphs = [_graph(path) for path in (reference, candidate)] if per_layer else []
@@ -83,17 +89,23 @@ def compare(
         raise InputError("--html plots the layers", "add --per-layer")
     assert request.data is not None
     narrator.step(f"compare {candidate.name} with {reference.name}")
-    with Runner(reference, BATCH) as base, Runner(candidate, BATCH) as other:
-        if base.batch != other.batch:
-            raise InputError(
-                f"{reference} runs at batch {base.batch} and {candidate} at batch {other.batch}",
-                "compare models of the same batch",
-            )
+    with contextlib.ExitStack() as stack:
+        base, other = (stack.enter_context(runner) for runner in _runners(reference, candidate))
         own = Preprocess.from_json(base.facts["preprocess"]) if base.facts.get("preprocess") else None
         if request.preprocess not in (None, "timm"):
             own = preprocess.parse(request.preprocess)
-        samples = data.open(request.data, base.signature, preprocess=own, limit=request.limit, shapes=shapes)
-        found = accuracy.measure(samples, base.infer, {"candidate": other.infer}, batch=base.batch, progress=narrator.progress)
+        classes = class_names(request.classes) or base.facts.get("classes")
+        samples = data.open(
+            request.data,
+            base.signature,
+            preprocess=own,
+            classes=tuple(classes) if classes else None,
+            limit=request.limit,
+            shapes=shapes,
+        )
+        batch = math.lcm(base.batch, other.batch)
+        calls = [_in_portions(runner, batch) for runner in (base, other)]
+        found = accuracy.measure(samples, calls[0], {"candidate": calls[1]}, batch=batch, progress=narrator.progress)
     drift = found["candidate"]
     if isinstance(drift, DeploykitError):
         raise drift
@@ -107,6 +119,50 @@ def compare(
     if page is not None:
         write_atomically(page, layers_page.text(made.to_json(), made.lines()).encode())
     return made
+
+
+def _runners(reference: Path, candidate: Path) -> tuple[Runner, Runner]:
+    """Both opened: at BATCH, or where one has a fixed batch and the other is free, at that."""
+    base = Runner(reference, BATCH)
+    try:
+        other = Runner(candidate, base.batch)
+    except BaseException:
+        base.close()
+        raise
+    if base.batch != other.batch and base.signature.fixed_batch is None:
+        base.close()
+        try:
+            base = Runner(reference, other.batch)
+        except BaseException:
+            other.close()
+            raise
+    return base, other
+
+
+def _in_portions(runner: Runner, batch: int) -> accuracy.InferFn:
+    """The runner's `infer` for `batch` samples at a time, a multiple of its own batch."""
+    if runner.batch == batch:
+        return runner.infer
+    signature = runner.signature
+    for spec in signature.outputs:
+        if not spec.shape or spec.shape[0] != runner.batch:
+            raise InputError(
+                f"output {spec} of {runner.engine.path.name} does not start with its batch of {runner.batch}: its results cannot be put "
+                "together",
+                "compare models of the same batch",
+            )
+
+    def infer(feeds: Feeds) -> Outputs:
+        parts = []
+        for start in range(0, batch, runner.batch):
+            piece = {}
+            for spec in signature.inputs:
+                axis, whole = signature.batch_axis(spec), feeds[spec.name]
+                piece[spec.name] = whole if axis is None else whole.take(range(start, start + runner.batch), axis=axis)
+            parts.append(runner.infer(piece))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return infer
 
 
 def _graph(path: Path) -> Path:

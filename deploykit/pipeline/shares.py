@@ -107,15 +107,21 @@ def _preprocess(model: Target, text: str | None) -> Preprocess | None:
 
 def _classes(model: Target, file: Path | None) -> tuple[str, ...] | None:
     if file is not None:
-        try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise InputError(
-                f"cannot read the class names in {file}: {exc}", "one class name a line, in the model's order"
-            ) from exc
-        return tuple(line.strip() for line in lines if line.strip())
+        return class_names(file)
     known = model.shop.model.facts.get("classes") if model.shop is not None else None
     return tuple(known) if known else None
+
+
+def class_names(file: Path | None) -> tuple[str, ...] | None:
+    """The class names in a file, one a line in the model's order; None where no file is named. Raises InputError for one that
+    cannot be read."""
+    if file is None:
+        return None
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"cannot read the class names in {file}: {exc}", "one class name a line, in the model's order") from exc
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _trained_on(model: Target, samples: Samples) -> tuple[int, ...]:
