@@ -74,18 +74,24 @@ def raise_opset(model: onnx.ModelProto, path: Path, wanted: int) -> onnx.ModelPr
         raise ModelError(f"{path.name} does not use ONNX's own operators", "its precision cannot be changed")
     if found >= wanted:
         return model
-    target = max(wanted, _UPGRADE_TO)
-    try:
-        converted = version_converter.convert_version(model, target)
-        onnx.checker.check_model(converted)
-    except Exception as exc:  # the converter raises RuntimeError, ValueError and its own ConvertError
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise ModelError(
-            f"{path.name} has opset {found}; this precision needs {wanted} or more, and onnx cannot convert it: {reason}",
-            f"export it again with opset {target}",
-        ) from exc
-    converted.ir_version = max(converted.ir_version, 9)
-    return converted
+    # From IR 4 on an initializer needs no graph input of its own, and `normalize` has taken those inputs away.
+    model.ir_version = max(model.ir_version, 9)
+    problem: Exception | None = None
+    for target in dict.fromkeys((max(wanted, _UPGRADE_TO), wanted)):
+        try:
+            converted = version_converter.convert_version(model, target)
+            onnx.checker.check_model(converted)
+        except Exception as exc:  # the converter raises RuntimeError, ValueError and its own ConvertError
+            problem = problem or exc
+        else:
+            converted.ir_version = max(converted.ir_version, 9)
+            return converted
+    assert problem is not None
+    reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    raise ModelError(
+        f"{path.name} has opset {found}; this precision needs {wanted} or more, and onnx cannot convert it: {reason}",
+        f"export the model again with opset {max(wanted, _UPGRADE_TO)}; as it is, its fp32 rows run",
+    ) from problem
 
 
 def _detached(tensors: list[onnx.TensorProto]) -> list[onnx.TensorProto]:
