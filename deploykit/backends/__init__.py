@@ -14,6 +14,7 @@ MODULES = {
     "torch-compile": "torch_compile",
     "onnxruntime": "onnx_runtime",
     "openvino": "openvino_cpu",
+    "executorch": "executorch",
     "tensorrt-rtx": "tensorrt_rtx",
     "tensorrt": "tensorrt_full",
     "onnxruntime-cuda": "onnxruntime_gpu_cuda",

@@ -61,5 +61,5 @@ class Absent:
 
 BACKENDS = {
     backend.name: backend
-    for backend in (Absent("executorch", "ExecuTorch"), Absent("litert", "LiteRT"), Absent("tvm", "Apache TVM"))
+    for backend in (Absent("litert", "LiteRT"), Absent("tvm", "Apache TVM"))
 }

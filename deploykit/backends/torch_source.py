@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # The source stage loads the module. Backends import no stage, so its place is a name looked up when a session opens, as
 # the line that hands a source to this backend does not reach into the child where it is opened.
-_LOADER = "deploykit.stages.source"
+LOADER = "deploykit.stages.source"
 
 
 class LoadedSource(Protocol):
@@ -45,13 +45,22 @@ class LoadedSource(Protocol):
         """Names that the source gives its outputs; empty for the default ones."""
         ...
 
+    @property
+    def example(self) -> dict[str, torch.Tensor]:
+        """One feed by input name."""
+        ...
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The module's outputs by name."""
+        ...
+
 
 def load(engine: Artifact) -> LoadedSource:
     """The module that an engine of format 'source' (a SourceSpec in JSON) or 'pt2' describes.
 
     Raises ModelError for a file that describes none, and what the source stage raises.
     """
-    loaded: LoadedSource = importlib.import_module(_LOADER).load(_spec(engine.path))
+    loaded: LoadedSource = importlib.import_module(LOADER).load(_spec(engine.path))
     known = {s.name for s in loaded.signature.outputs}
     wanted = [s.name for s in engine.signature.outputs]
     if not set(wanted) <= known:
@@ -121,7 +130,7 @@ class TorchSession:
 
     def infer(self, feeds: Feeds) -> Outputs:
         """Outputs by name, copied. Raises InputError for feeds that do not fit, BackendFailed when the model fails."""
-        named = importlib.import_module(_LOADER).named_outputs(self.bind(feeds)(), tuple(feeds), self._given)
+        named = importlib.import_module(LOADER).named_outputs(self.bind(feeds)(), tuple(feeds), self._given)
         result: Outputs = {}
         for spec in self.signature.outputs:
             array = named[spec.name].detach()

@@ -13,7 +13,7 @@ from deploykit.session import PRECISIONS, BuildRequest, OpenRequest
 from deploykit.signature import Signature
 
 
-@pytest.mark.parametrize("name", ["executorch", "litert", "tvm"])
+@pytest.mark.parametrize("name", ["litert", "tvm"])
 def test_is_known_and_missing(name: str, tmp_path: Path) -> None:
     backend = backends.get(name)
     assert backend.name == name

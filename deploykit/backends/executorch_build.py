@@ -1,0 +1,339 @@
+"""A PyTorch module to an ExecuTorch program: traced with its dynamic batch, quantized where asked, lowered to XNNPACK, counted."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.artifact import Artifact, Json
+from deploykit.backends import executorch_file, opened, torch_source
+from deploykit.backends.torch_source import LoadedSource
+from deploykit.children import report_progress
+from deploykit.errors import BackendFailed, DeploykitError, ModelError, NotForThisGraph
+from deploykit.samples import Samples
+from deploykit.session import BuildRequest
+from deploykit.signature import Outputs, Signature
+
+if TYPE_CHECKING:
+    import torch
+
+_CALIBRATION_BATCH = 8
+_LAYERS = ("convolution", "conv1d", "conv2d", "conv_transpose2d", "linear", "addmm", "mm", "bmm", "matmul")
+_QUANTIZERS = ("quantize_per", "dequantize_per", "choose_qparams", "quantize_affine", "dequantize_affine")
+
+
+@dataclass(frozen=True)
+class Program:
+    """The bytes of a .pte, what was counted in it, and the smallest and largest batch it takes."""
+
+    data: bytes
+    facts: Mapping[str, Json]
+    batches: tuple[int, int]
+    signature: Signature
+    shapes: Mapping[str, tuple[int, ...]]
+    example: Mapping[str, torch.Tensor]
+
+    def feeds(self, batch: int) -> Outputs:
+        """Inputs at `batch`, made of the source's example."""
+        return {name: t.numpy() for name, t in _feeds(self.example, self.signature, self.shapes, batch).items()}
+
+
+def program(artifact: Artifact, request: BuildRequest) -> Program:
+    """The .pte of the source that `artifact` describes. Raises what ExecuTorch.build says."""
+    signature = artifact.signature
+    source = torch_source.load(artifact)
+    batches = _batches(signature, request, getattr(source, "program", None))
+    shapes = signature.shapes(signature.fixed_batch or batches[1], request.shapes)
+    example = _feeds(source.example, signature, shapes, batches[1])
+    dynamic = _dynamic_shapes(signature, request, batches)
+    module = _positional(source, signature)
+    with _quiet():
+        report_progress("loading ExecuTorch's compiler", 0.0)
+        _require_compiler()
+        report_progress("tracing", 0.1)
+        exported = _export(module, tuple(example.values()), (dynamic,))  # of the one parameter *tensors
+        if request.precision != "fp32":
+            quantized = _quantized(exported.module(), request, signature, example)
+            exported = _export(quantized, tuple(example.values()), dynamic)
+        report_progress("lowering to XNNPACK", 0.7)
+        edge = _lowered(exported)
+        facts = counts(edge.exported_program()) | {"batches": list(batches)}
+        if request.precision != "fp32" and facts["quantizers"] == 0:
+            raise NotForThisGraph(
+                f"ExecuTorch's XNNPACK quantizer found nothing to put into {request.precision} in this model",
+                "use fp32, or another backend",
+            )
+        report_progress("writing the .pte", 0.9)
+        data = _serialized(edge)
+    return Program(data, facts, batches, signature, shapes, source.example)
+
+
+def _batches(signature: Signature, request: BuildRequest, traced: Any) -> tuple[int, int]:
+    """The smallest and the largest batch: 1 to the largest asked for, within what a .pt2 was traced for."""
+    if signature.fixed_batch is not None:
+        return signature.fixed_batch, signature.fixed_batch
+    low, high = 1, max(request.batches)
+    if traced is not None:
+        values = {n.name: n.meta.get("val") for n in traced.graph.nodes if n.op == "placeholder"}
+        for spec in signature.inputs:
+            axis, value = signature.batch_axis(spec), values.get(spec.name)
+            limits = None if axis is None or value is None else traced.range_constraints.get(value.shape[axis].node.expr)
+            if limits is not None:
+                low, high = max(low, int(limits.lower)), min(high, int(limits.upper))
+    return low, max(low, high)
+
+
+def _dynamic_shapes(signature: Signature, request: BuildRequest, batches: tuple[int, int]) -> tuple[Any, ...]:
+    """torch.export's ranges for the inputs in order: the memory of a .pte is planned for the upper end of each."""
+    import torch
+
+    dims: dict[str, Any] = {}
+    if signature.batch_symbol is not None and batches[0] < batches[1]:
+        dims[signature.batch_symbol] = torch.export.Dim("batch", min=batches[0], max=batches[1])
+    result = []
+    for spec in signature.inputs:
+        axes: dict[int, Any] = {}
+        for axis, dim in enumerate(spec.shape):
+            if dim in dims:
+                axes[axis] = dims[dim]
+            elif isinstance(dim, str) and dim != signature.batch_symbol:
+                known = request.shapes[spec.name]
+                if known.min[axis] < known.max[axis]:
+                    name = re.sub(r"\W", "_", dim)
+                    axes[axis] = dims[dim] = torch.export.Dim(f"axis_{name}", min=known.min[axis], max=known.max[axis])
+        result.append(axes or None)
+    return tuple(result)
+
+
+def _feeds(
+    example: Mapping[str, torch.Tensor], signature: Signature, shapes: Mapping[str, tuple[int, ...]], batch: int
+) -> dict[str, torch.Tensor]:
+    """`example` at `batch`, its other axes of the sizes in `shapes`, elements taken in turn along each axis."""
+    import torch
+
+    result: dict[str, torch.Tensor] = {}
+    for spec in signature.inputs:
+        tensor = example[spec.name]
+        for axis, size in enumerate(shapes[spec.name]):
+            wanted = batch if spec.shape[axis] == signature.batch_symbol else size
+            tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
+        result[spec.name] = tensor.contiguous()
+    return result
+
+
+def _positional(source: LoadedSource, signature: Signature) -> torch.nn.Module:
+    """The module with the signature's inputs by position and just its outputs, in order: a .pte knows no names."""
+    import torch
+
+    named_outputs = importlib.import_module(torch_source.LOADER).named_outputs
+    inputs = tuple(s.name for s in signature.inputs)
+    outputs = tuple(s.name for s in signature.outputs)
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = source.module
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = named_outputs(self.model(**dict(zip(inputs, tensors, strict=True))), inputs, source.output_names)
+            return tuple(found[name] for name in outputs)
+
+    return Positional().eval()
+
+
+def _require_compiler() -> None:
+    try:
+        import executorch.exir  # noqa: F401
+    except ImportError as exc:
+        raise BackendFailed(
+            f"ExecuTorch's compiler cannot be loaded: {opened.first_line(exc)}",
+            "its release must fit torch's: pip install 'deploykit[executorch]'",
+        ) from exc
+
+
+def _export(module: Any, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
+    """The ExportedProgram. Raises ModelError for data-dependent control flow and what else torch.export cannot trace."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, example, dynamic_shapes=dynamic)
+    except DeploykitError:
+        raise
+    except Exception as exc:  # torch.export raises a dozen kinds
+        text = str(exc)
+        frame = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("The following call raised")[-1])
+        place = f" at {frame[1]}:{frame[2]} in {frame[3]}: {frame[4].strip()}" if frame else ""
+        if "data-dependent" in text or "DataDependent" in type(exc).__name__:
+            raise ModelError(
+                f"the model branches on the values of a tensor{place}, which an ExecuTorch program cannot hold",
+                "use torch.where or torch.cond instead of if, or leave that part out of the model",
+            ) from exc
+        raise ModelError(
+            f"torch.export cannot trace the model{place}: {type(exc).__name__}: {opened.first_line(exc)}",
+            "rewrite that part of the model, or leave ExecuTorch out",
+        ) from exc
+
+
+def _quantized(graph: Any, request: BuildRequest, signature: Signature, example: Mapping[str, torch.Tensor]) -> Any:
+    """The traced module with quantize and dequantize operators: int8 activations for each tensor (asymmetric), int8
+    weights for each channel (symmetric), by XNNPACKQuantizer; static ranges by its HistogramObserver on the samples."""
+    import torch
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    dynamic = request.precision == "int8-dynamic"
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+    try:
+        prepared = prepare_pt2e(graph, quantizer)
+        with torch.no_grad():
+            if dynamic:
+                prepared(*example.values())
+            else:
+                _calibrate(prepared, request.calibration, signature)
+        return convert_pt2e(prepared)
+    except DeploykitError:
+        raise
+    except Exception as exc:
+        raise BackendFailed(
+            f"PT2E cannot quantize the model for XNNPACK: {type(exc).__name__}: {opened.first_line(exc)}",
+            "use fp32, or static int8 on another backend",
+        ) from exc
+
+
+def _calibrate(prepared: Any, samples: Samples | None, signature: Signature) -> None:
+    import torch
+
+    if samples is None or len(samples) == 0:
+        raise BackendFailed("static INT8 was asked for without calibration samples", "add --data DATA")
+    size = signature.fixed_batch or _CALIBRATION_BATCH
+    done = 0
+    for feeds, count in samples.batches(size, pad=signature.fixed_batch is not None):
+        prepared(*(torch.from_numpy(np.array(feeds[s.name], order="C")) for s in signature.inputs))
+        done += count
+        report_progress(f"calibrating: {done} of {len(samples)} samples", 0.2 + 0.5 * done / len(samples))
+
+
+def _lowered(exported: Any) -> Any:
+    """The edge program with what XNNPACK takes in its delegates. Raises BackendFailed naming the operator that stops it."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    try:
+        return to_edge_transform_and_lower(
+            exported, partitioner=[XnnpackPartitioner()], compile_config=EdgeCompileConfig(_check_ir_validity=True)
+        )
+    except Exception as exc:
+        raise _unsupported(exc) from exc
+
+
+def _serialized(edge: Any) -> bytes:
+    try:
+        return bytes(edge.to_executorch().buffer)
+    except Exception as exc:
+        raise _unsupported(exc) from exc
+
+
+def _unsupported(exc: Exception) -> BackendFailed:
+    """The compiler's exception, with the operator that it names first."""
+    text = " ".join(str(exc).split())
+    missing = re.search(r"Missing out variants: \{([^}]*)\}", text)
+    operator = re.search(
+        r"(?:torch\.ops\.|_ops\.|operator[s]? )['\"]?((?:aten|torchvision|quantized_decomposed|\w+)[.:]{1,2}[\w.]+)", text
+    )
+    named = missing[1].replace("'", "") if missing else operator[1] if operator else ""
+    what = f"ExecuTorch has no operator {named}" if missing else "ExecuTorch cannot lower the model"
+    detail = "" if missing else f"{f' (operator {named})' if named else ''}: {type(exc).__name__}: {opened.first_line(exc)}"
+    return BackendFailed(what + detail, "write that part with other operators, or leave ExecuTorch out for this model")
+
+
+def counts(program: Any) -> dict[str, Json]:
+    """What runs where in a lowered ExportedProgram.
+
+    delegated, delegates: operators inside XNNPACK's parts, and how many parts there are; not_delegated: those outside, by
+    name; layers: convolutions and matrix products; layers_int8: those of them inside whose input and weight both come
+    from dequantize; layers_float: the names of the others; quantizers: quantize and dequantize operators in all.
+    """
+    inside: list[Any] = []
+    outside: list[Any] = []
+    delegates = 0
+    module = program.graph_module
+    for node in module.graph.nodes:
+        if node.op != "call_function" or _operator(node) == "getitem":
+            continue
+        if _operator(node) == "executorch_call_delegate":
+            delegates += 1
+            lowered = getattr(module, str(node.args[0].target))
+            inside += [n for n in lowered.original_module.graph.nodes if n.op == "call_function" and _operator(n) != "getitem"]
+        else:
+            outside.append(node)
+    work = [n for n in inside if not _quantizes(n)]
+    left = Counter(_operator(n) for n in outside)
+    layers = [n for n in (*inside, *outside) if _operator(n).split(".")[0] in _LAYERS]
+    integer = [n for n in layers if n in inside and _both_dequantized(n)]
+    return {
+        "delegated": len(work),
+        "delegates": delegates,
+        "not_delegated": dict(left.most_common()),
+        "layers": len(layers),
+        "layers_int8": len(integer),
+        "layers_float": [_layer_name(n) for n in layers if n not in integer],
+        "quantizers": sum(map(_quantizes, (*inside, *outside))),
+    }
+
+
+def _operator(node: Any) -> str:
+    """'convolution.default' of an edge or ATen operator, else the function's own name."""
+    target = node.target
+    name = str(target.name()) if callable(getattr(target, "name", None)) else str(getattr(target, "__name__", target))
+    return name.rpartition("::")[2]
+
+
+def _quantizes(node: Any) -> bool:
+    return _operator(node).startswith(_QUANTIZERS)
+
+
+def _both_dequantized(node: Any) -> bool:
+    """Whether the first two tensor inputs of a layer (for addmm the two after the bias) come from dequantize."""
+    operands = [a for a in node.args if hasattr(a, "op")]
+    if _operator(node).startswith("addmm"):
+        operands = operands[1:]
+    return len(operands) >= 2 and all(_dequantized(n) for n in operands[:2])
+
+
+def _dequantized(node: Any) -> bool:
+    while _operator(node).split(".")[0] in ("permute_copy", "t_copy", "view_copy", "permute", "t", "view") and node.args:
+        node = node.args[0]
+    return node.op == "call_function" and _operator(node).startswith("dequantize")
+
+
+def _layer_name(node: Any) -> str:
+    """The module's path in the user's model, where the trace kept it."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = re.sub(r"^(L\['self'\]|_modules|model)\.?", "", path).removeprefix("model.")
+    return path or str(node.name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the compiler says on the way (warnings, logs, native messages) off the terminal; its errors still come."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), executorch_file.native_log():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
