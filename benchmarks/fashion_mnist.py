@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--epochs", default="3")
     parser.add_argument("--size", default="32")
-    parser.add_argument("--method", default="minmax")
+    parser.add_argument("--method", default="best")
     parser.add_argument("--folder", type=Path, default=Path("build/fashion-mnist"))
     options = parser.parse_args()
     weights = options.folder / f"{options.model}.safetensors"

@@ -16,6 +16,9 @@ from deploykit.preprocess import Preprocess
 
 SCHEMA_VERSION = 1
 METHODS = ("minmax", "entropy", "percentile", "mse")
+BEST = "best"  # no method of its own: whichever of CANDIDATES gives the INT8 graph that stays closest to the float model
+CANDIDATES = ("minmax", "percentile", "mse")
+DEFAULT_METHOD = BEST
 IMPORTED = "imported"  # the method of a table that was read from another tool's cache
 _REMEDY = "make one for this model and data: deploykit calibrate MODEL --data DATA -o FILE --recalibrate"
 

@@ -16,7 +16,7 @@ from deploykit.calibration_table import Range
 from deploykit.histogram import BINS, Counts, Observation
 
 Floats = NDArray[np.float64]
-PERCENTILE = 99.99
+PERCENTILE = 99.999  # 99.99 left EfficientNet-Lite0 22.3 dB, 99.999 23.0, 99.9 7.8 (243 crops that tuned)
 SYMMETRIC_LEVELS = 128
 ASYMMETRIC_LEVELS = 256
 

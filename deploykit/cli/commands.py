@@ -94,7 +94,7 @@ def calibrate(
     out: OutFile,
     data: o.Data = None,
     n: o.CalibN = 512,
-    method: o.Method = "minmax",
+    method: o.Method = o.DEFAULT_METHOD,
     trt_cache: Annotated[Path | None, typer.Option("--trt-cache", help="Write TensorRT's text cache too.")] = None,
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
@@ -125,7 +125,7 @@ def quantize(
     calib: o.CalibFile = None,
     data: o.Data = None,
     n: o.CalibN = 512,
-    method: o.Method = "minmax",
+    method: o.Method = o.DEFAULT_METHOD,
     layout: Annotated[
         str, typer.Option(help="Where Q/DQ nodes go in static mode: cpu (ONNX Runtime, OpenVINO) or tensorrt.")
     ] = "cpu",
@@ -171,7 +171,7 @@ def build_trt(
     calib: o.CalibFile = None,
     data: o.Data = None,
     n: o.CalibN = 512,
-    method: o.Method = "minmax",
+    method: o.Method = o.DEFAULT_METHOD,
     preprocess: o.Preprocess = None,
     target: o.TargetNames = None,
     batch: o.Batch = "1,8,32",
@@ -233,7 +233,7 @@ def build(
     calib: o.CalibFile = None,
     data: o.Data = None,
     n: o.CalibN = 512,
-    method: o.Method = "minmax",
+    method: o.Method = o.DEFAULT_METHOD,
     preprocess: o.Preprocess = None,
     shapes: o.Shapes = None,
 ) -> int:

@@ -19,9 +19,8 @@ from deploykit.errors import (
     ModelError,
     OutOfSpace,
     StaleCalibration,
-    UnknownName,
 )
-from deploykit.pipeline import assemble, engines, given, measuring, prepare, rooflines, scenarios
+from deploykit.pipeline import assemble, engines, given, measuring, prepare, ranges, rooflines, scenarios
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
@@ -67,10 +66,20 @@ class LineResult:
     loads: Loads = field(default_factory=Loads)
 
 
-def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
-    """Everything that was asked for, as a report. Rows that cannot run say why; only a target that no engine could load
-    raises (ModelError, ChecksFailed), and a name that deploykit does not know (UnknownName)."""
-    say = narrator or Silent()
+@dataclass(frozen=True)
+class Ready:
+    """All that stands before a measurement: the targets with their engines, the shares of the data, the rows that will run."""
+
+    models: tuple[Target, ...]
+    samples: Shares
+    rows: RowsRequest
+    store: Store
+    reference: tuple[str, str, str, str] | None
+    entries: tuple[Entry, ...]
+
+
+def ready(request: LineRequest, say: Narrator) -> Ready:
+    """Targets opened, data split, engines built; nothing is measured. Raises as `run` does."""
     _check(request)
     store = Store(request.store)
     models = [m for target in request.targets for m in open_targets(target, request.rows, store, say)]
@@ -83,7 +92,17 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         if model.shop is not None:
             _build(model, samples, request.data, rows)
     reference = assemble.one_reference(first.rows, [r for m in models for r in m.rows], {k for m in models for k in m.runs()})
-    entries = [e for m in models for e in _entries(m, reference, rows.streams)]
+    entries = tuple(e for m in models for e in _entries(m, reference, rows.streams))
+    return Ready(tuple(models), samples, rows, store, reference, entries)
+
+
+def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
+    """Everything that was asked for, as a report. Rows that cannot run say why; only a target that no engine could load
+    raises (ModelError, ChecksFailed), and a name that deploykit does not know (UnknownName)."""
+    say = narrator or Silent()
+    made = ready(request, say)
+    models, samples, rows, store = list(made.models), made.samples, made.rows, made.store
+    first, reference, entries = models[0], made.reference, list(made.entries)
     predictions = [p for m in models if m.shop is not None for p in engines.predictions(m.shop, m.rows, m.built)]
     results = None
     if entries:
@@ -130,8 +149,7 @@ def _check(request: LineRequest) -> None:
     bench.duration(request.rows.duration)
     if not request.rows.batches or min(request.rows.batches) < 1:
         raise InputError(f"--batch must name positive sizes, not {request.rows.batches}", "example: --batch 1,8")
-    if request.data.method not in calibration_table.METHODS:
-        raise UnknownName("calibration method", request.data.method, calibration_table.METHODS)
+    ranges.require_known(request.data.method)
     if request.data.calib_table is not None:
         given.require_readable(request.data.calib_table)
 

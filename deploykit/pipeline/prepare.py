@@ -19,7 +19,6 @@ from typing import Any
 from deploykit import artifact as artifacts
 from deploykit import backends, calibration_table
 from deploykit.artifact import Artifact
-from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import (
     BackendFailed,
     ChecksFailed,
@@ -30,7 +29,7 @@ from deploykit.errors import (
     StaleCalibration,
     UnknownName,
 )
-from deploykit.pipeline import given, int8, mixed
+from deploykit.pipeline import given, int8, mixed, ranges
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.mixed import Aim, Task
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
@@ -170,7 +169,7 @@ def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifac
 
     def build(folder: Path) -> Artifact:
         kept = shop.store.root / f".calibration-{shop.model.sha256[:12]}-{samples.digest[:12]}.npz"
-        table = shop.child("calibrate", collect_table, shop.model.path, samples, method, kept)
+        table = shop.child("calibrate", ranges.collect, shop.model.path, samples, method, kept)
         table.save(folder / "calib.json")
         return replace(
             shop.model,
@@ -186,13 +185,6 @@ def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifac
     made = shop.keep("calibrate", f"calibrate {method}", shop.model.sha256, options, build, fresh=request.recalibrate)
     shop.tables[method] = made
     return made
-
-
-def collect_table(path: Path, samples: Samples, method: str, resume: Path | None = None) -> CalibrationTable:
-    """The calibration stage; runs in a child process. `resume`: where a pass that was killed has left its progress."""
-    from deploykit.stages import calibration
-
-    return calibration.collect(path, samples, methods=(method,), resume=resume)[method]
 
 
 def given_table(shop: Workshop, path: Path) -> Artifact:

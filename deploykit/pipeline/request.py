@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from deploykit.calibration_table import DEFAULT_METHOD
 from deploykit.loadgen import SERVER_LATENCY_S
 from deploykit.signature import ShapeRange, TensorSpec
 from deploykit.stages.mixed import Budget
@@ -48,7 +49,7 @@ class DataRequest:
     classes: Path | None = None
     limit: int | None = None
     calib_n: int = DEFAULT_CALIBRATION_N
-    method: str = "minmax"
+    method: str = DEFAULT_METHOD
     calib_table: Path | None = None
     recalibrate: bool = False
     int8: Int8Request = field(default_factory=Int8Request)

@@ -16,7 +16,7 @@ from deploykit import calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError, UnknownName
-from deploykit.pipeline import given, int8, prepare
+from deploykit.pipeline import given, int8, prepare, ranges
 from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
@@ -136,13 +136,14 @@ def calibrate_file(
     chosen = data.calibration_share(samples, request.calib_n)
     if out.is_file() and not request.recalibrate:
         kept = calibration_table.load(out)
-        kept.require_match(model_sha256=model.digest, samples_digest=chosen.digest, method=request.method)
+        method = kept.method if ranges.made_by(kept, request.method) else request.method
+        kept.require_match(model_sha256=model.digest, samples_digest=chosen.digest, method=method)
         table = kept
     else:
         narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
         table = children.run(
             "calibrate",
-            prepare.collect_table,
+            ranges.collect,
             path,
             chosen,
             request.method,
@@ -266,8 +267,8 @@ def make_table(
     if chosen is None:
         raise InputError("static INT8 needs ranges", "add --calib calib.json (from `deploykit calibrate`), or --data DATA")
     narrator.step(f"calibrate {path.name} on {len(chosen)} samples, {request.method}")
-    return children.run(
-        "calibrate", prepare.collect_table, path, chosen, request.method, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
+    made: CalibrationTable = run(
+        "calibrate", ranges.collect, path, chosen, request.method, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
     )
 
 

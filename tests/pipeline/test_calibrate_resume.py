@@ -21,7 +21,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from deploykit import data
-from deploykit.pipeline import prepare, single
+from deploykit.pipeline import ranges, single
 from deploykit.pipeline.request import DataRequest
 from deploykit.stages import calibration
 
@@ -35,7 +35,7 @@ calibration.CHECKPOINT_S = 0.0
 model, spec, progress = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 opened = single.open_model(model)
 samples = data.calibration_share(single.open_data(opened, spec, DataRequest(spec), {}), 512)
-prepare.collect_table(model, replace(samples, reader=Slow(samples.reader)), "mse", progress)
+ranges.collect(model, replace(samples, reader=Slow(samples.reader)), "mse", progress)
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deploykit.stages.precision.bias import NothingToCorrect, bias_correct
+from deploykit.stages.precision.choice import noise as method_noise
 from deploykit.stages.precision.contributions import Contributions, contributions
 from deploykit.stages.precision.dynamic import to_int8_dynamic
 from deploykit.stages.precision.fp16 import to_fp16, to_int8_fp16
@@ -20,6 +21,7 @@ __all__ = [
     "bias_correct",
     "contributions",
     "literal_session",
+    "method_noise",
     "planned",
     "predict_session_options",
     "to_fp16",

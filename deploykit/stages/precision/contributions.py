@@ -42,7 +42,7 @@ def contributions(
     outputs = {node.name: node.output[0] for node in graph.nodes if node.name in set(names)}
     feeds = [dict(batch) for batch, _ in samples.batches(graphs.signature(graph.model).fixed_batch or _BATCH, pad=True)]
     graph.write_back(graph.nodes)
-    wanted = _run(graph.model, feeds)
+    wanted = run_floats(graph.model, feeds)
     signal = sum(float(np.square(value).sum()) for value in wanted)
     noise: dict[str, float] = {}
     for step, name in enumerate(names):
@@ -50,18 +50,25 @@ def contributions(
         others = tuple(sorted({*options.keep_float, *(other for other in names if other != name)}))
         alone = Int8Options(options.reduce_range, options.weight_scales, others)
         model, _ = quantized(path, table, layout, alone)
-        found = _run(model, feeds)
-        noise[name] = sum(_power(a - b, centred=centred) for a, b in zip(found, wanted, strict=True)) / max(signal, 1e-30)
+        found = run_floats(model, feeds)
+        noise[name] = sum((centred_power(a - b) if centred else _power(a - b)) for a, b in zip(found, wanted, strict=True)) / max(
+            signal, 1e-30
+        )
     return Contributions(noise, outputs)
 
 
-def _power(error: NDArray[Any], *, centred: bool) -> float:
-    if centred and error.ndim > 1 and error.shape[0] > 1:
-        error = error - error.mean(axis=0, keepdims=True)
+def _power(error: NDArray[Any]) -> float:
     return float(np.square(error).sum())
 
 
-def _run(model: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[NDArray[np.float64]]:
+def centred_power(error: NDArray[Any]) -> float:
+    """The power of an error [samples, ...] without what all samples have in common."""
+    if error.ndim > 1 and error.shape[0] > 1:
+        error = error - error.mean(axis=0, keepdims=True)
+    return _power(error)
+
+
+def run_floats(model: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[NDArray[np.float64]]:
     """Every float output over all batches, samples along axis 0."""
     session = open_session(model, None)
     names = [value.name for value in session.get_outputs() if "float" in value.type]
