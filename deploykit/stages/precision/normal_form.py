@@ -172,6 +172,9 @@ def _infer(graph: FloatGraph) -> None:
             found = onnx.shape_inference.infer_shapes(found, data_prop=True)
         except Exception as exc:
             raise ModelError(f"onnx cannot infer the types of this graph: {exc}", "see `deploykit check`") from exc
+    for value, known in zip(graph.model.graph.output, found.graph.output, strict=True):
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.CopyFrom(known)  # engines do without; the standard, and onnx's full check, do not
     for value in [*found.graph.input, *found.graph.output, *found.graph.value_info]:
         kind = value.type.tensor_type
         if not kind.elem_type:
