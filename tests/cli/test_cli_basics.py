@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from deploykit.cli import config, parsing
+from deploykit.cli import parsing
 from deploykit.errors import InputError
 
 
@@ -48,37 +48,6 @@ def test_debug_shows_where_it_came_from(tmp_path: Path) -> None:
     done = _run("check", "missing.onnx", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
-
-
-def test_a_pipeline_file_is_the_command_line_it_stands_for(tmp_path: Path) -> None:
-    file = tmp_path / "deploykit.yaml"
-    file.write_text(
-        "source: m.onnx\nbackend: [onnxruntime, openvino]\nbatch: 4\nremeasure: true\ninput: ['a:float32:1x3', 'b:int64:1']\n"
-    )
-    known = {"backend": False, "batch": False, "remeasure": True, "input": False}
-    assert config.arguments(file, known) == [
-        "m.onnx", "--backend", "onnxruntime,openvino", "--batch", "4", "--remeasure", "--input", "a:float32:1x3", "--input", "b:int64:1",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("source: m.onnx\nbacken: x\n", "line 2: unknown key 'backen'"),
-        ("source: m.onnx\nbackend: {a: 1}\n", "line 2"),
-        ("source: m.onnx\nremeasure: maybe\n", "line 2"),
-        ("source: m.onnx\nbatch:\n\t- 1\n", "tabs"),
-        ("- a\n- b\n", "no mapping"),
-        ("batch: 1\n", "names no source"),
-        ("source: m.onnx\nbatch: 1\nbatch: 2\n", "stands twice"),
-        ("source: [", "not YAML"),
-    ],
-)
-def test_a_bad_pipeline_file_is_refused_with_its_line(text: str, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "deploykit.yaml"
-    file.write_text(text)
-    with pytest.raises(InputError, match=said):
-        config.arguments(file, {"backend": False, "batch": False, "remeasure": True})
 
 
 def test_shapes_are_parsed_and_bad_ones_refused() -> None:
