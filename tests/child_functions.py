@@ -43,3 +43,17 @@ def steps() -> str:
     for share in (0.0, 0.5, 1.0):
         report_progress("step", share)
     return "done"
+
+
+def hold(size: int) -> int:
+    kept = bytearray(size)
+    for at in range(0, size, 4096):
+        kept[at] = 1
+    time.sleep(20)
+    return len(kept)
+
+
+def hold_in_a_grandchild(size: int) -> int:
+    from deploykit.pipeline import limited
+
+    return limited.run("inner", hold, size)

@@ -189,6 +189,11 @@ def build_trt(
             help="explicit (Q/DQ in the graph), or implicit (TensorRT up to 10 only: a calibrator reading --calib).",
         ),
     ] = "explicit",
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Stop a build after this many seconds.")] = 1800.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option("--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
     ] = False,
@@ -198,6 +203,7 @@ def build_trt(
     Example:  deploykit build-trt model.onnx --fp16 --int8 --data images/ --target sm75,sm89 -o engines-trt
     """
     from deploykit.pipeline import single, trt
+    from deploykit.pipeline.limited import Limits
     from deploykit.pipeline.request import DataRequest
 
     chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
@@ -211,13 +217,21 @@ def build_trt(
         parsing.shapes(shapes),
         explain,
         int8_mode,
+        Limits(time_limit, None if memory_limit is None else int(memory_limit * 2**30)),
     )
+    expected: list[str] = []
+
+    def tell(line: str) -> None:
+        expected.append(f"note: {line}")
+        say(f"expected: {line}")
+
     with Bar() as bar:
-        made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar)
+        made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar, tell)
     for engine in made.engines:
         _engine_line(engine)
         for line in single.fact_lines(engine):
-            say(f"  {line}")
+            if line not in expected:
+                say(f"  {line}")
     for line in made.warnings:
         say(line)
     return made.exit_code

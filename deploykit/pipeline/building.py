@@ -4,39 +4,114 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from deploykit import backends, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.observation import INTEGER
-from deploykit.pipeline import int8, prepare
+from deploykit.pipeline import int8, limited, prepare
 from deploykit.pipeline.delivered import deliver_engine, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
+from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Narrator
-from deploykit.pipeline.single import ModelFile, open_model, table_and_recipe
+from deploykit.pipeline.single import open_model, table_and_recipe
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange
 
 
-def build_file(
-    path: Path,
-    backend_name: str,
-    wanted: BuildRequest,
-    out: Path,
-    request: DataRequest,
-    narrator: Narrator,
-    *,
-    allow: bool = False,
-    explain: Path | None = None,
-) -> Artifact:
-    """One engine of an .onnx file in the folder `out`, with its manifest; `allow` builds what the backend would not vouch for.
+@dataclass(frozen=True)
+class Extras:
+    """What else a build may be asked for. allow: build what the backend would not vouch for; explain: where to write the
+    smallest part of the graph that still fails, when the build does; limits: of the child that builds."""
 
-    `explain`: where to write the smallest part of the graph that still fails, when the build does.
-    """
+    allow: bool = False
+    explain: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+class Graphs:
+    """The graphs that engines of one .onnx file are made of, each made once, in a child process that stays open between them:
+    importing what makes them takes as long as some of the steps. A context manager."""
+
+    def __init__(self, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange], out: Path) -> None:
+        self._request, self._narrator, self._shapes = request, narrator, shapes
+        self._made: dict[str, Artifact] = {}
+        self._resources = ExitStack()
+        try:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder, not an .onnx file")
+            self.folder = self._resources.enter_context(scratch_beside(out / "engine"))
+            self._child = self._resources.enter_context(children.Child("read"))
+            self.model = open_model(path, self._run)
+        except BaseException as exc:
+            if not self._resources.__exit__(type(exc), exc, exc.__traceback__):
+                raise
+
+    def __enter__(self) -> Graphs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self._resources.__exit__(kind, exc, trace)
+
+    def _run(self, name: str, function: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        self._child.name = name
+        return self._child.call(function, *args, **how)
+
+    def of(self, kind: str) -> Artifact:
+        """The graph of that kind; the model file itself where it has that precision already."""
+        if kind not in self._made:
+            self._made[kind] = self._make(kind)
+        return self._made[kind]
+
+    def _make(self, kind: str) -> Artifact:
+        given = self.model.artifact
+        quantized = kind == "mixed" or kind.startswith("int8")
+        if kind == "fp32" or (quantized and self._run("read", _is_quantized, given.path)):
+            return given
+        if kind == "mixed":
+            raise InputError(
+                f"{given.path.name} is a float model, and mixed precision needs a search",
+                "make the graph first: deploykit quantize MODEL --mode mixed --min-sqnr 25 --data DATA -o mixed.onnx",
+            )
+        table, recipe = None, Int8Recipe()
+        if kind in ("int8-cpu", "int8-tensorrt"):
+            table, recipe = table_and_recipe(self.model, given.path, self._request, self._narrator, self._shapes, self._run)
+        self._narrator.step(f"write the {kind} graph")
+        place = self.folder / kind
+        place.mkdir()
+        made: Artifact = self._run(
+            kind,
+            _make_graph,
+            given.path,
+            kind,
+            table,
+            recipe,
+            place / "graph.onnx",
+            timeout_s=STAGE_TIMEOUT_S,
+            progress=self._narrator.progress,
+        )
+        return made.save()
+
+
+def build_file(
+    path: Path, backend_name: str, wanted: BuildRequest, out: Path, request: DataRequest, narrator: Narrator
+) -> Artifact:
+    """One engine of an .onnx file in the folder `out`, with its manifest."""
+    kind = require_buildable(backend_name, wanted)
+    with Graphs(path, request, narrator, wanted.shapes, out) as graphs:
+        return build_engine(graphs.of(kind), path, backend_name, wanted, out, graphs.folder, narrator)
+
+
+def require_buildable(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:
+    """The kind of graph that the backend makes this engine of. Raises MissingBackend where it cannot, InputError where it takes
+    no .onnx file."""
     backend = backends.get(backend_name)
     missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
     if missing is not None:
@@ -46,72 +121,56 @@ def build_file(
         raise InputError(
             f"{backend_name} runs PyTorch sources, not .onnx files", "give the source to `deploykit run` or `deploykit bench`"
         )
-    model = open_model(path)
-    with scratch_beside(out / "engine") as folder:
-        graph = _graph(model, kind, folder / "graph.onnx", request, narrator, wanted.shapes)
-        narrator.step(f"build {backend_name} {wanted.precision} {wanted.target}")
-        start = time.perf_counter()
-        target_folder = folder / "built"
-        target_folder.mkdir()
-        try:
-            made: Artifact = children.run(
-                f"build {backend_name}",
-                prepare.build_engine,
-                backend_name,
-                graph,
-                wanted,
-                target_folder,
-                timeout_s=STAGE_TIMEOUT_S,
-                progress=narrator.progress,
-            )
-        except BackendFailed as exc:
-            if explain is None:
-                raise
-            from deploykit.pipeline.explaining import explained
-
-            narrator.step("explain: looking for the smallest part of the graph that still fails")
-            raise explained(exc, backend_name, graph, wanted, explain) from exc
-        options = {
-            "backend": backend_name,
-            "precision": wanted.precision,
-            "target": wanted.target,
-            "batches": list(wanted.batches),
-            "model": path.stem,
-        }
-        made = replace(
-            made,
-            stage="engine",
-            precision=wanted.precision,
-            device=wanted.target,
-            parent=graph.sha256,
-            options={**made.options, **options},
-            versions={**made.versions, **backend.versions()},
-            facts={"build_s": time.perf_counter() - start, **made.facts},
-        )
-        name = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
-        return deliver_engine(made, out / name)
+    return kind
 
 
-def _graph(
-    model: ModelFile, kind: str, out: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+def build_engine(
+    graph: Artifact,
+    path: Path,
+    backend_name: str,
+    wanted: BuildRequest,
+    out: Path,
+    scratch: Path,
+    narrator: Narrator,
+    extras: Extras | None = None,
 ) -> Artifact:
-    """The graph of that kind, made from the model file; the file itself where it has that precision already."""
-    given = model.artifact
-    quantized = kind == "mixed" or kind.startswith("int8")
-    if kind == "fp32" or (quantized and children.run("read", _is_quantized, given.path)):
-        return given
-    if kind == "mixed":
-        raise InputError(
-            f"{given.path.name} is a float model, and mixed precision needs a search",
-            "make the graph first: deploykit quantize MODEL --mode mixed --min-sqnr 25 --data DATA -o mixed.onnx",
+    """The engine of a prepared graph of the model at `path`, in `out`, made in a folder of its own under `scratch`."""
+    extras = extras or Extras()
+    narrator.step(f"build {backend_name} {wanted.precision} {wanted.target}")
+    start = time.perf_counter()
+    place = scratch / f"built-{backend_name}-{wanted.precision}-{wanted.target}"
+    place.mkdir()
+    name = f"build {backend_name}"
+    try:
+        made: Artifact = limited.run(
+            name, prepare.build_engine, backend_name, graph, wanted, place, limits=extras.limits, progress=narrator.progress
         )
-    table, recipe = None, Int8Recipe()
-    if kind in ("int8-cpu", "int8-tensorrt"):
-        table, recipe = table_and_recipe(model, given.path, request, narrator, shapes)
-    made: Artifact = children.run(
-        kind, _make_graph, given.path, kind, table, recipe, out, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
+    except BackendFailed as exc:
+        if extras.explain is None:
+            raise
+        from deploykit.pipeline.explaining import explained
+
+        narrator.step("explain: looking for the smallest part of the graph that still fails")
+        raise explained(exc, backend_name, graph, wanted, extras.explain) from exc
+    options = {
+        "backend": backend_name,
+        "precision": wanted.precision,
+        "target": wanted.target,
+        "batches": list(wanted.batches),
+        "model": path.stem,
+    }
+    made = replace(
+        made,
+        stage="engine",
+        precision=wanted.precision,
+        device=wanted.target,
+        parent=graph.sha256,
+        options={**made.options, **options},
+        versions={**made.versions, **backends.get(backend_name).versions()},
+        facts={"build_s": time.perf_counter() - start, **made.facts},
     )
-    return made.save()
+    folder = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
+    return deliver_engine(made, out / folder)
 
 
 def _is_quantized(path: Path) -> bool:

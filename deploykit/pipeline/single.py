@@ -6,7 +6,7 @@ Each takes a file (with its manifest, where there is one) and delivers a file wi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,11 @@ class ModelFile:
     classes: tuple[str, ...] | None
 
 
-def open_model(path: Path) -> ModelFile:
-    """The model file at `path`, with what its manifest knows, where it has one."""
+def open_model(path: Path, run: Callable[..., Any] = children.run) -> ModelFile:
+    """The model file at `path`, with what its manifest knows, where it has one; `run` runs a function in a child process."""
     if path.is_dir():
         raise InputError(f"{path} is a folder, not an .onnx file")
-    signature, digest = children.run("read", _read_model, path)
+    signature, digest = run("read", _read_model, path)
     if manifest_path(path).is_file():
         known = artifacts.load(path)
         facts = known.facts
@@ -248,18 +248,28 @@ def _require_float(path: Path) -> None:
 
 
 def table_and_recipe(
-    model: ModelFile, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+    model: ModelFile,
+    path: Path,
+    request: DataRequest,
+    narrator: Narrator,
+    shapes: Mapping[str, ShapeRange],
+    run: Callable[..., Any] = children.run,
 ) -> tuple[CalibrationTable, Int8Recipe]:
     """The ranges, given or made, and what else INT8 is made with: DATA, where given, corrects it too."""
     chosen = None
     if request.data is not None:
         chosen = data.calibration_share(open_data(model, request.data, request, shapes), request.calib_n)
     recipe = Int8Recipe(request.int8, chosen)
-    return make_table(model, path, request, chosen, narrator), recipe
+    return make_table(model, path, request, chosen, narrator, run), recipe
 
 
 def make_table(
-    model: ModelFile, path: Path, request: DataRequest, chosen: Samples | None, narrator: Narrator
+    model: ModelFile,
+    path: Path,
+    request: DataRequest,
+    chosen: Samples | None,
+    narrator: Narrator,
+    run: Callable[..., Any] = children.run,
 ) -> CalibrationTable:
     """The calibration table that was given, or one made on these samples."""
     if request.calib_table is not None:
@@ -270,6 +280,7 @@ def make_table(
     made: CalibrationTable = run(
         "calibrate", ranges.collect, path, chosen, request.method, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
     )
+    return made
 
 
 def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:

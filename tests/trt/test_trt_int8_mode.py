@@ -45,14 +45,16 @@ def test_full_tensorrt_takes_the_float_graph_and_the_cache(tmp_path: Path, monke
     monkeypatch.setattr(full, "missing", lambda _: None)
     seen: list[Any] = []
 
-    def build_file(*args: Any, **named: Any) -> None:
+    def build_engine(*args: Any, **named: Any) -> None:
         seen.append(args)
         raise MissingBackend("stop here")
 
-    monkeypatch.setattr(building, "build_file", build_file)
+    monkeypatch.setattr(building, "build_engine", build_engine)
     path, cache = conv_net(tmp_path / "m.onnx"), tmp_path / "c.cache"
     with pytest.raises(InputError, match="reads a calibration cache"):
         trt.build(_request(path, "tensorrt", "implicit"), DataRequest(), tmp_path, _Quiet())  # type: ignore[arg-type]
     with pytest.raises(MissingBackend, match="stop here"):
         trt.build(_request(path, "tensorrt", "implicit"), DataRequest(calib_table=cache), tmp_path, _Quiet())  # type: ignore[arg-type]
-    assert seen[0][2].options["calibration"] == str(cache)
+    graph, _, _, wanted = seen[0][:4]
+    assert wanted.options["calibration"] == str(cache)
+    assert graph.path == path
