@@ -71,11 +71,7 @@ def bind_inputs(pool: list[Feeds]) -> float:
 
     Warm-up: at least 200 ms and 10 runs, then until two stretches of runs agree within 3 %, 1 s at most.
     """
-    global _lanes, _next
-    session = open_session()
-    streams = concurrency(session)
-    _lanes = [[session.bind(feeds) for feeds in pool] for _ in range(streams)]
-    _next = [lane % len(pool) for lane in range(streams)]
+    _bind(pool)
     start = time.perf_counter()
     before = _stretch(WARMUP_S / 2, WARMUP_RUNS // 2)
     while True:
@@ -84,6 +80,20 @@ def bind_inputs(pool: list[Feeds]) -> float:
         if abs(after - before) <= WARMUP_AGREE * before or spent > WARMUP_MAX_S:
             return spent
         before = after
+
+
+def bind_briefly(pool: list[Feeds]) -> None:
+    """Binds a pool of inputs for a glimpse: three runs of each lane are warm-up enough to rule out what is far behind."""
+    _bind(pool)
+    _stretch(0.0, 3)
+
+
+def _bind(pool: list[Feeds]) -> None:
+    global _lanes, _next
+    session = open_session()
+    streams = concurrency(session)
+    _lanes = [[session.bind(feeds) for feeds in pool] for _ in range(streams)]
+    _next = [lane % len(pool) for lane in range(streams)]
 
 
 def concurrency(session: Session) -> int:

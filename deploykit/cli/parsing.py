@@ -84,6 +84,42 @@ def count_or_all(text: str, option: str) -> int | None:
     return int(text)
 
 
+def counts(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Whole numbers of at least 1 from `1,2,4`; None when nothing was given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{option} '{text}' is not a list of whole numbers of at least 1", f"example: {option} 1,2")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def seconds(text: str, option: str) -> float:
+    """Seconds from '90s', '2m' or '1h'."""
+    number, scale = (text[:-1], {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:]))
+    try:
+        found = float(number) * (scale or 0.0)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e7:
+        raise InputError(f"{option} '{text}' is no length of time", f"example: {option} 60s")
+    return found
+
+
+def memory_bytes(text: str, option: str) -> int:
+    """Bytes from '500MB' or '2GB' (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        number = text.upper().removesuffix(unit)
+        if number != text.upper():
+            try:
+                found = float(number) * scale
+            except ValueError:
+                break
+            if 0 < found < 1e15:
+                return int(found)
+    raise InputError(f"{option} '{text}' is no amount of memory", f"example: {option} 500MB")
+
+
 @dataclass(frozen=True)
 class Load:
     """How a row is loaded: requests at once, LoadGen's scenario, Server's bound."""

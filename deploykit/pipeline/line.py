@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit import backends, calibration_table, children, data, machine, nonfinite
+from deploykit import backends, children, data, machine, nonfinite
 from deploykit.artifact import Artifact
 from deploykit.children import side_by_side
 from deploykit.errors import (
@@ -85,9 +85,10 @@ def ready(request: LineRequest, say: Narrator) -> Ready:
     models = [m for target in request.targets for m in open_targets(target, request.rows, store, say)]
     name_apart(models)
     first = models[0]
+    to_measure = sum(not row.skip and row.runnable for model in models for row in model.rows)
+    say.step(f"plan: {measuring.expectation(to_measure, request.rows.duration)}")
     samples = samples_for(first, request.data, request.rows)
-    shapes = shapes_of(first.signature, samples.judge, request.rows)
-    rows = replace(request.rows, shapes=shapes)
+    rows = replace(request.rows, shapes=shapes_of(first.signature, samples.judge, request.rows))
     for model in models:
         if model.shop is not None:
             _build(model, samples, request.data, rows)
@@ -106,7 +107,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     predictions = [p for m in models if m.shop is not None for p in engines.predictions(m.shop, m.rows, m.built)]
     results = None
     if entries:
-        pools, pool_digest = _pools(first.signature, samples.judge, entries, rows)
+        pools, pool_digest = pools_for(first.signature, samples.judge, {e.row.batch for e in entries}, rows)
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
     table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
     origin = _first_nan(first, results, samples.judge, say)
@@ -222,11 +223,11 @@ def _entries(model: Target, reference: tuple[str, str, str, str] | None, streams
     return found
 
 
-def _pools(
-    signature: Signature, judge: Samples | None, entries: Sequence[Entry], rows: RowsRequest
+def pools_for(
+    signature: Signature, judge: Samples | None, sizes: Collection[int], rows: RowsRequest
 ) -> tuple[dict[int, list[Feeds]], str]:
-    """For each batch the different inputs that every row of it is fed in turn: real ones where there are any."""
-    batches = sorted({e.row.batch for e in entries})
+    """For each batch the different inputs that every row of it is fed in turn, real ones where there are any; and their digest."""
+    batches = sorted(sizes)
     samples = judge
     if samples is None or not len(samples):
         samples = data.open(f"random:{measuring.POOL_SIZE * max(batches)}", signature, shapes=rows.shapes)

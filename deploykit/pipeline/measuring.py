@@ -87,18 +87,22 @@ def take(
     found = store.find(folder_name, key)
     if found is not None:
         return replace(_read(found), references=references)
-    drifts: dict[str, Drift | DeploykitError] = {}
-    if judge is not None:
-        everything = [*entries, *predictions]
-        try:
-            drifts = _accuracy(everything, judge, rows, threads, narrator)
-        except (BackendFailed, ModelError) as exc:  # the reference's: nothing can be judged; the speed is measured all the same
-            drifts = {engine_id(e.row): exc for e in everything}
+    drifts = judged([*entries, *predictions], judge, rows, threads, narrator) if judge is not None else {}
     speeds = _speed(entries, pools, rows, threads, narrator)
     results = Results(speeds, drifts, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), False, references)
     if not any(isinstance(x, DeploykitError) for x in [*speeds.values(), *drifts.values()]):
         store.make(folder_name, key, lambda folder: _write(results, folder, entries[0].engine))
     return results
+
+
+def judged(
+    entries: Sequence[Entry], judge: Samples, rows: RowsRequest, threads: int, narrator: Narrator
+) -> dict[str, Drift | DeploykitError]:
+    """The drift of every engine against the reference's, by `engine_id`; or the error in its place."""
+    try:
+        return _accuracy(entries, judge, rows, threads, narrator)
+    except (BackendFailed, ModelError) as exc:  # the reference's: nothing can be judged; the speed is measured all the same
+        return {engine_id(e.row): exc for e in entries}
 
 
 def _threads() -> int:
@@ -145,9 +149,14 @@ def _speed(
         if rows.aa and row.reference:
             targets.append(bench.again(target, AA_SUFFIX))
     span = bench.duration(rows.duration)
-    low, high = bench.expected_s(targets, span)
-    narrator.step(f"bench: {len(targets)} rows, {span.name}, {about(low, high)}")
+    narrator.step(f"bench: {expectation(len(targets), span.name)}")
     return bench.measure(targets, pools, span, progress=narrator.progress)
+
+
+def expectation(n: int, duration: str) -> str:
+    """How long measuring n rows will take, in words."""
+    rows = f"{n} row{'' if n == 1 else 's'}"
+    return f"{rows}, {duration}: {about(*bench.expected_s(n, bench.duration(duration)))}" if n else f"{rows} to measure"
 
 
 def about(low_s: float, high_s: float) -> str:
