@@ -15,6 +15,8 @@ MODULES = {
     "onnxruntime": "onnx_runtime",
     "openvino": "openvino_cpu",
     "executorch": "executorch",
+    "litert": "litert",
+    "tvm": "apache_tvm",
     "tensorrt-rtx": "tensorrt_rtx",
     "tensorrt": "tensorrt_full",
     "onnxruntime-cuda": "onnxruntime_gpu_cuda",

@@ -59,7 +59,4 @@ class Absent:
         raise MissingBackend(f"{self.name}: {self.missing().why}", self.missing().remedy)
 
 
-BACKENDS = {
-    backend.name: backend
-    for backend in (Absent("litert", "LiteRT"), Absent("tvm", "Apache TVM"))
-}
+BACKENDS: dict[str, Absent] = {}
