@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from deploykit import children, data, preprocess
 from deploykit.artifact import write_atomically
+from deploykit.data.images import ImageReader
 from deploykit.drift import Drift
 from deploykit.errors import DeploykitError, InputError
 from deploykit.pipeline.predicting import Runner, opened_as
@@ -103,9 +104,13 @@ def compare(
             limit=request.limit,
             shapes=shapes,
         )
+        notes: tuple[str, ...] = ()
+        if not classes and samples.labels is not None and isinstance(samples.reader, ImageReader):
+            notes = ("labels were not used: the order of the model's classes is not known (--classes gives it)",)
+            samples = replace(samples, labels=None)
         batch = math.lcm(base.batch, other.batch)
         calls = [_in_portions(runner, batch) for runner in (base, other)]
-        found = accuracy.measure(samples, calls[0], {"candidate": calls[1]}, batch=batch, progress=narrator.progress)
+        found = accuracy.measure(samples, calls[0], {"candidate": calls[1]}, batch=batch, notes=notes, progress=narrator.progress)
     drift = found["candidate"]
     if isinstance(drift, DeploykitError):
         raise drift

@@ -128,9 +128,8 @@ def measure(
     return {key: _result(item, span, environment or {}) for key, item in collected.items()}
 
 
-def expected_s(targets: Sequence[Target], span: Duration) -> tuple[float, float]:
-    """How long `measure` will take at least, and with each row's full time and LAUNCH_S for each of its processes."""
-    n = len(targets)
+def expected_s(n: int, span: Duration) -> tuple[float, float]:
+    """How long `measure` will take for n rows: at least, and with each row's full time and LAUNCH_S for each of its processes."""
     return n * span.seconds, n * (max(span.seconds, span.limit_s) + span.launches * LAUNCH_S)
 
 
