@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from deploykit.report_document import Report
-from deploykit.stages.report import cells, plots
+from deploykit.stages.report import cells, plots, roofline_plot
 from deploykit.stages.report.page_style import STYLE
 
 # The page asks for nothing but itself, and the browser holds it to that.
@@ -27,7 +27,9 @@ def text(report: Report) -> str:
         _section("Measurements", _table(report) + _footer(report)),
         _section("Speed and accuracy", _figure(report, plots.trade_off(report), _TRADE_OFF)),
         _section("Latency distributions", _figure(report, plots.latencies(report), _LATENCIES)),
+        _section("Roofline", _roofline(report)),
         _section("What the rows say", _remarks(report)),
+        _section("Why INT8 is not faster", _explanations(report)),
         _section("Accuracy in detail", _drifts(report)),
         _section("Findings in the graph", _findings(report)),
         _section("Data", _records(report.samples)),
@@ -137,12 +139,40 @@ def _figure(report: Report, svg: str, caption: str) -> str:
     return f"<figure><div class='scroll' tabindex='0'>{svg}</div><figcaption><p class='keys'>{keys}</p>{caption}</figcaption></figure>"
 
 
+_ROOFLINE = (
+    "Dashed: what this machine can do at most, measured. Under the slope a row is held up by memory, under the flat by compute; "
+    "far below both, by neither: calls, layers that do not multiply, kernels below the ceiling."
+)
+
+
+def _roofline(report: Report) -> str:
+    figure = _figure(report, roofline_plot.svg(report), _ROOFLINE)
+    found = roofline_plot.items(roofline_plot.words(report))
+    notes = "".join(f"<li>{escape(line)}</li>" for line in roofline_plot.footnotes(report)) if found else ""
+    return f"{figure}{found}" + (f"<details><summary>The ceilings</summary><ul>{notes}</ul></details>" if notes else "")
+
+
 def _remarks(report: Report) -> str:
     lines = [
         f"<li id='note{n}'><strong>{escape(who)}</strong>: {escape(said)}</li>"
         for n, (_, who, said) in enumerate(cells.remarks(report), start=1)
     ]
     return f"<ol>{''.join(lines)}</ol>" if lines else ""
+
+
+def _explanations(report: Report) -> str:
+    """Of each INT8 engine the verdict of its runtime's own profile, and what costs most."""
+    parts = []
+    for name, found in report.explanations.items():
+        lines = []
+        for finding in found.get("findings") or ():
+            share = finding.get("share")
+            cost = f" <b>{share:.0%} of the time</b>" if isinstance(share, float) else ""
+            lines.append(f"<li>{escape(str(finding.get('text')))}{cost} <em>{escape(str(finding.get('remedy')))}</em></li>")
+        listed = f"<ul class='findings'>{''.join(lines)}</ul>" if lines else ""
+        at = f" (profile at batch {found['batch']})" if found.get("batch") else ""
+        parts.append(f"<p><strong>{escape(name)}</strong>{escape(at)}: {escape(str(found.get('verdict')))}</p>{listed}")
+    return "".join(parts)
 
 
 def _findings(report: Report) -> str:

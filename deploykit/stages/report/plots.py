@@ -63,10 +63,10 @@ def _disagreeing(row: Row) -> float | None:
 def _scatter(report: Report, known: Sequence[tuple[Row, float]], heading: str, logarithmic: bool) -> str:
     xs = [r.images_per_s or 0.0 for r, _ in known]
     ys = [y for _, y in known]
-    x, x_ticks = _log_axis(xs, LEFT, WIDTH - RIGHT)
+    x, x_ticks = log_axis(xs, LEFT, WIDTH - RIGHT)
     # better is up: less lost, less latency
-    y, y_ticks = _log_axis(ys, HEIGHT - BOTTOM, TOP, flip=True) if logarithmic else _loss_axis(ys)
-    parts = [_grid(x, x_ticks, y, y_ticks, "img/s", heading)]
+    y, y_ticks = log_axis(ys, HEIGHT - BOTTOM, TOP, flip=True) if logarithmic else _loss_axis(ys)
+    parts = [grid(x, x_ticks, y, y_ticks, "img/s", heading)]
     front = pareto_front(list(zip(xs, ys, strict=True)))
     line = " ".join(f"{x(xs[i]):.1f},{y(ys[i]):.1f}" for i in front)
     parts.append(f'<polyline class="front" points="{line}"/>')
@@ -90,7 +90,7 @@ def _scatter(report: Report, known: Sequence[tuple[Row, float]], heading: str, l
         taken.append((px, spot))
         anchor = "end" if px > WIDTH * 0.7 else "start" if px < WIDTH * 0.25 else "middle"
         parts.append(f'<text x="{px:.1f}" y="{spot:.1f}" text-anchor="{anchor}">{escape(_short(row))}</text>')
-    return _svg(WIDTH, HEIGHT, parts, f"Throughput against {heading}")
+    return svg(WIDTH, HEIGHT, parts, f"Throughput against {heading}")
 
 
 def _free(taken: Iterable[tuple[float, float]], x: float, y: float) -> bool:
@@ -105,7 +105,8 @@ Scale = Callable[[float], float]
 Ticks = list[tuple[float, str]]
 
 
-def _log_axis(values: Sequence[float], start: float, end: float, *, flip: bool = False) -> tuple[Scale, Ticks]:
+def log_axis(values: Sequence[float], start: float, end: float, *, flip: bool = False) -> tuple[Scale, Ticks]:
+    """A logarithmic scale over the values, with a little room, and its ticks; `flip`: the least at the end."""
     low, high = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
     if flip:
         start, end = end, start
@@ -136,7 +137,8 @@ def _loss_axis(values: Sequence[float]) -> tuple[Scale, Ticks]:
     return scale, [(m, f"{m:g}") for m in marks if low <= bent(m) <= high]
 
 
-def _grid(x: Scale, x_ticks: Ticks, y: Scale, y_ticks: Ticks, below: str, beside: str) -> str:
+def grid(x: Scale, x_ticks: Ticks, y: Scale, y_ticks: Ticks, below: str, beside: str) -> str:
+    """Grid lines, tick labels and the names of both axes."""
     parts = []
     for value, said in x_ticks:
         parts.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -160,7 +162,7 @@ def latencies(report: Report) -> str:
     raw = [_seconds(report, r) for r in rows]
     marks = [[v * 1e3 for v in (r.p50_s, r.p90_s, r.p99_s) if v is not None] for r in rows]
     ends = [v for m in marks for v in m] + [float(v) for s in raw if s.size for v in np.quantile(s, [0.001, 0.999])]
-    scale, ticks = _log_axis(ends, _LABEL_WIDTH, WIDTH - RIGHT)
+    scale, ticks = log_axis(ends, _LABEL_WIDTH, WIDTH - RIGHT)
     height = TOP + _LANE * len(rows) + BOTTOM
     parts = []
     for value, said in ticks:
@@ -181,7 +183,7 @@ def latencies(report: Report) -> str:
         )
         label = f'<text x="{_LABEL_WIDTH - 8}" y="{base - 4}" text-anchor="end">{escape(_short(row))}</text>'
         parts.append(f"<g><title>{escape(said)}</title>{middle}{area}{ticks_here}{label}</g>")
-    return _svg(WIDTH, height, parts, "Latency distributions")
+    return svg(WIDTH, height, parts, "Latency distributions")
 
 
 def _seconds(report: Report, row: Row) -> NDArray[np.float64]:
@@ -211,6 +213,7 @@ def _shape(values: NDArray[np.float64], scale: Scale, base: float) -> str:
     return f"M{start:.1f} {base} {' '.join(points)} L{end:.1f} {base}Z"
 
 
-def _svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
+def svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
+    """The figure around its parts."""
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg">'
     return head + "".join(parts) + "</svg>"

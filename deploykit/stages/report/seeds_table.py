@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deploykit.report_document import Report
 from deploykit.row import Row
-from deploykit.stages.report import cells
+from deploykit.stages.report import cells, t4_bounds
 from deploykit.stages.report.markdown import escape
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def markdown(report: Report) -> str:
     """The table as GitHub Markdown, with what it is."""
     text = ["| " + " | ".join(headings(report)) + " |", "|---|--:|--:|--:|---|--:|--:|--:|--:|"]
     text += ["| " + " | ".join(escape(c) for c in line) + " |" for line in lines(report)]
-    return "\n".join([*text, "", *(f"{label}: {escape(said)}  " for label, said in _below(report))]) + "\n"
+    below = "\n".join([*text, "", *(f"{label}: {escape(said)}  " for label, said in _below(report))])
+    return f"{below}\n\n{t4_bounds.markdown()}"
 
 
 def _below(report: Report) -> list[tuple[str, str]]:
@@ -119,7 +120,8 @@ def renderable(report: Report) -> Group:
         )
     for line in lines(report):
         table.add_row(*(Text(c.replace(" (", "\n").rstrip(")")) for c in line))
-    return Group(table, *(Text.assemble((f"{label}: ", "bold"), said) for label, said in _below(report)))
+    below = [Text.assemble((f"{label}: ", "bold"), said) for label, said in _below(report)]
+    return Group(table, *below, Text(""), t4_bounds.renderable())
 
 
 def text(report: Report, width: int = 100) -> str:
