@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 
 from deploykit import cache_folder, children
 from deploykit.artifact import Artifact, Json, write_atomically
@@ -18,7 +19,8 @@ from deploykit.trt import account, builder, gpu, layers, parser_graph, plan, pla
 
 _GRAPHS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt", "mixed": "int8-tensorrt"}
 ENGINE_NAME = "model.engine"
-_VERIFY_UP_TO_S = 5.0  # a rebuild is compared byte by byte where it costs no more than this
+_VERIFY_UP_TO_S = 20.0  # a second build beside the first is waited for where it costs no more than this
+_VERIFY_UP_TO_BYTES = 500_000_000
 
 
 class TensorRtRtx:
@@ -111,10 +113,11 @@ class TensorRtRtx:
         model = parser_graph.load(artifact.path)
         limit = int(options["workspace_bytes"]) if options.get("workspace_bytes") else None
         spec = builder.PlanSpec(profiles=wanted, target=request.target, workspace_bytes=limit)
-        made = builder.build(trt, model, artifact.path, artifact.signature, spec)
         if request.precision == "int8":
             account.require_quantized(model)
-        again = _rebuild(made, artifact, spec, options)
+        with _Second(artifact, spec, options) as second:
+            made = builder.build(trt, model, artifact.path, artifact.signature, spec)
+            again = second.verdict(made)
         told = account.facts(
             model,
             made,
@@ -184,31 +187,57 @@ def _notes(request: BuildRequest, rebuild: str) -> list[str]:
     return [*notes, *([f"rebuild {rebuild}"] if rebuild.startswith("differs") else []), plan.UNVALIDATED]
 
 
-def _rebuild(made: builder.Plan, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> str:
-    """'identical', 'differs: ...' or 'not checked: ...': whether a new process makes the same bytes.
+class _Second:
+    """A second build, in a process of its own and at the same time as the first: whether it makes the same bytes.
 
     Seen with 1.7.1: a static graph gives the same bytes in every new process; with dynamic shapes a handful of builds
     share a few outcomes that differ in internal names. Within one process those names count up, so the bytes are
-    comparable only where this build was the process's first.
+    comparable only where the first build was its process's first.
     """
-    if not options.get("verify_rebuild", True):
-        return "not checked: not asked for"
-    if not made.first_in_process:
-        return "not checked: this process had built before, and layer names count up within a process"
-    if made.build_s > _VERIFY_UP_TO_S:
-        return f"not checked: one build takes {made.build_s:.0f} s"
-    size, sha256, table = children.run("TensorRT-RTX, second build", plan_digest, artifact.path, artifact.signature, spec)
-    if sha256 == hashlib.sha256(made.data).hexdigest():
-        return "identical"
-    bytes_said = f"{len(made.data)} and {size} bytes" if size != len(made.data) else f"both {size} bytes"
-    if table != layers.by_kind(made.layers):
-        return f"differs: {bytes_said}, and the second plan runs other layers: {table}"
-    if spec.profiles:
-        return (
-            f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes, numbers inside the builder's "
-            "internal names were seen to change from one build to the next"
-        )
-    return f"differs ({bytes_said}) with the same layers in the same precisions; the builder does not say why"
+
+    def __init__(self, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> None:
+        self._spec = spec
+        self._child: children.Child | None = None
+        self._why = ""
+        if not options.get("verify_rebuild", True):
+            self._why = "not checked: not asked for"
+        elif builder.has_built():
+            self._why = "not checked: this process had built before, and layer names count up within a process"
+        elif artifact.size_bytes > _VERIFY_UP_TO_BYTES:
+            self._why = f"not checked: two builds of a graph of {artifact.size_bytes / 1e6:.0f} MB at once take much memory"
+        else:
+            self._child = children.Child("TensorRT-RTX, second build")
+            self._child.start(plan_digest, artifact.path, artifact.signature, spec)
+
+    def __enter__(self) -> _Second:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        if self._child is not None:
+            self._child.kill()  # where the first build failed, nobody waits for it
+            self._child.close()
+
+    def verdict(self, made: builder.Plan) -> str:
+        """'identical', 'differs: ...' or 'not checked: ...'."""
+        if self._child is None:
+            return self._why
+        if made.build_s > _VERIFY_UP_TO_S:
+            return f"not checked: one build takes {made.build_s:.0f} s"
+        try:
+            size, sha256, table = self._child.finish()
+        except BackendFailed as exc:
+            return f"not checked: the second build failed ({exc.message})"
+        if sha256 == hashlib.sha256(made.data).hexdigest():
+            return "identical"
+        bytes_said = f"{len(made.data)} and {size} bytes" if size != len(made.data) else f"both {size} bytes"
+        if table != layers.by_kind(made.layers):
+            return f"differs: {bytes_said}, and the second plan runs other layers: {table}"
+        if self._spec.profiles:
+            return (
+                f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes, numbers inside the "
+                "builder's internal names were seen to change from one build to the next"
+            )
+        return f"differs ({bytes_said}) with the same layers in the same precisions; the builder does not say why"
 
 
 def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tuple[int, str, dict[str, dict[str, int]]]:

@@ -46,10 +46,7 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """A serialized engine, the layers it runs where the builder lists them, its warnings, and seconds spent.
-
-    first_in_process: whether no other plan was built in this process before; only then are its bytes comparable.
-    """
+    """A serialized engine, the layers it runs where the builder lists them, its warnings, and seconds spent."""
 
     data: bytes
     layers: tuple[layer_listing.Layer, ...]
@@ -57,7 +54,6 @@ class Plan:
     network_layers: int
     parse_s: float
     build_s: float
-    first_in_process: bool
     timing_cache: bytes | None = None
 
 
@@ -75,7 +71,6 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     if spoiled(trt):
         raise BackendFailed("a build failed in this process before, and the next would be wrong", "build in a new process")
     _builds += 1
-    first = _builds == 1
     logger, heard = recorder(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(trt, typed=not spec.builder_flags))
@@ -100,7 +95,12 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
         raise BackendFailed(f"{trt.__name__} could not build the engine: {reason}", _remedy(reason))
     found = tuple(layer for text in heard.listing for layer in layer_listing.from_listing(text))
     saved = bytes(memoryview(cache.serialize())) if cache is not None else None
-    return Plan(bytes(memoryview(memory)), found, heard.notable_warnings(), network.num_layers, parse_s, build_s, first, saved)
+    return Plan(bytes(memoryview(memory)), found, heard.notable_warnings(), network.num_layers, parse_s, build_s, saved)
+
+
+def has_built() -> bool:
+    """Whether this process has built before."""
+    return _builds > 0
 
 
 def spoiled(trt: Any) -> bool:
