@@ -273,7 +273,16 @@ def _adopt(
     elif max(batches) > max(wanted):
         notes.append(f"an .onnx is run at batches {', '.join(map(str, wanted))} when it is adopted, not at {max(batches)}")
     try:
-        proof = export_proof.prove_runs(_open(model, spec.file), signature, wanted)
+        session = _open(model, spec.file)
+        tied = export_proof.tied_axes(session, signature)
+        if tied:
+            batch = str(signature.batch_symbol)
+            export_graph.rename_dimensions(model, dict.fromkeys(tied, batch))
+            signature = graph.signature(model)
+            notes.append(
+                f"the axes {', '.join(tied)} are taken for the batch: the graph runs only where they are as large as '{batch}'"
+            )
+        proof = export_proof.prove_runs(session, signature, wanted)
     except ModelError as exc:
         # It is not ours to mend: what cannot be run on made-up inputs may run on real ones, and each engine says so itself.
         proof = {"against": "nothing: the graph is the source", "runs": [], "failed": exc.message}

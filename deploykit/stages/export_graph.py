@@ -31,14 +31,18 @@ def name_dimensions(model: onnx.ModelProto, signature: Signature) -> None:
                     "take that size from the input (x.shape[...]) in the model's code",
                 )
             renamed[dim.dim_param] = wanted
-    if not renamed:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b")
+    if renamed:
+        rename_dimensions(model, renamed)
+
+
+def rename_dimensions(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
+    """Gives dynamic axes other symbols, in place, wherever they stand, also within an expression."""
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
     for graph in _graphs(model.graph):
         for value in [*graph.input, *graph.output, *graph.value_info]:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param:
-                    dim.dim_param = pattern.sub(lambda match: renamed[match[1]], dim.dim_param)
+                    dim.dim_param = pattern.sub(lambda match: names[match[1]], dim.dim_param)
 
 
 def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:

@@ -125,25 +125,47 @@ def prove_runs(session: onnxruntime.InferenceSession, signature: Signature, batc
     Inputs are seeded: normal floats, integers of 0 and 1. Raises ModelError when it does not run."""
     import numpy as np
 
-    generator = np.random.default_rng(0)
-    free = sorted({dim for spec in signature.inputs for dim in signature.free_axes(spec)})
-    images = {dim for spec in signature.inputs if len(spec.shape) >= 4 for dim in signature.free_axes(spec)}
     runs: list[dict[str, Any]] = []
     for batch in batches:
-        feeds = {}
-        for spec in signature.inputs:
-            size = {dim: 224 if dim in images else 8 for dim in free} | {signature.batch_symbol: batch}
-            shape = tuple(d if isinstance(d, int) else size[d] for d in spec.shape)
-            dtype = np.dtype(spec.dtype)
-            feeds[spec.name] = (
-                generator.standard_normal(shape).astype(dtype)
-                if dtype.kind == "f"
-                else generator.integers(0, 2, shape).astype(dtype)
-            )
+        feeds = _made_up(signature, {signature.batch_symbol: batch})
         found = _run(session, feeds, batch)
         finite = {name: bool(np.isfinite(a).all()) if a.dtype.kind == "f" else True for name, a in found.items()}
         runs.append({"batch": batch, "shapes": {n: list(a.shape) for n, a in found.items()}, "finite": finite})
     return {"against": "nothing: the graph is the source", "runtime": "onnxruntime", "runs": runs}
+
+
+def tied_axes(session: onnxruntime.InferenceSession, signature: Signature) -> tuple[str, ...]:
+    """Symbols on axis 0 of inputs without the batch's, that are the batch all the same: the graph runs where they equal it,
+    and does not where one of them is one larger."""
+    batch = signature.batch_symbol
+    firsts = [spec.shape[0] for spec in signature.inputs if spec.shape and batch not in spec.shape]
+    others = list(dict.fromkeys(d for d in firsts if isinstance(d, str)))
+
+    def runs(sizes: Mapping[str | None, int]) -> bool:
+        try:
+            _run(session, _made_up(signature, sizes), 2)
+        except ModelError:
+            return False
+        return True
+
+    if batch is None or not others or not all(runs(dict.fromkeys([batch, *others], n)) for n in (2, 3)):
+        return ()
+    return tuple(symbol for symbol in others if not runs({**dict.fromkeys([batch, *others], 2), symbol: 3}))
+
+
+def _made_up(signature: Signature, sizes: Mapping[str | None, int]) -> dict[str, np.ndarray]:
+    """Seeded inputs: normal floats, integers of 0 and 1; axes that `sizes` does not name are 224 in pictures, else 8."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    images = {dim for spec in signature.inputs if len(spec.shape) >= 4 for dim in signature.free_axes(spec)}
+    feeds = {}
+    for spec in signature.inputs:
+        shape = tuple(d if isinstance(d, int) else sizes.get(d, 224 if d in images else 8) for d in spec.shape)
+        dtype = np.dtype(spec.dtype)
+        values = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
+        feeds[spec.name] = values.astype(dtype)
+    return feeds
 
 
 def _short(exc: BaseException) -> str:

@@ -11,10 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit import graph
 from deploykit.errors import DataError
-from deploykit.pipeline import comparing, line
+from deploykit.pipeline import comparing, line, prepare
 from deploykit.pipeline.line import LineRequest
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
 from deploykit.signature import Dim, TensorSpec, with_one_batch
+from deploykit.store import Store
 
 pytest.importorskip("onnxruntime")
 F = TensorProto.FLOAT
@@ -92,3 +93,30 @@ def test_compare_takes_models_of_unlike_batches(reference: int | str, candidate:
     assert found.drift.agreement == 1.0
     other = _net(tmp_path / "other.onnx", candidate, candidate, candidate, seed=5)
     assert (comparing.compare(paths[0], other, DataRequest(str(tmp_path / "x.npz")), {}, Silent()).drift.sqnr_db or 0.0) < 20
+
+
+def _pairs(path: Path) -> Path:
+    """a [rows, 4], b [points, 4] -> y [rows, points] = a b^T: two axes of their own."""
+    nodes = [
+        helper.make_node("Transpose", ["b"], ["t"], name="turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["a", "t"], ["y"], name="product"),
+    ]
+    given = [helper.make_tensor_value_info("a", F, ["rows", 4]), helper.make_tensor_value_info("b", F, ["points", 4])]
+    made = helper.make_graph(nodes, "n", given, [helper.make_tensor_value_info("y", F, ["rows", "points"])])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def test_an_axis_of_any_name_that_must_equal_the_batch_is_the_batch(tmp_path: Path) -> None:
+    source = SourceRequest(str(_net(tmp_path / "tied.onnx", "rows", "items", "rows")))
+    shop = prepare.open_source(source, Store(tmp_path / "store"), Silent(), batches=(1,))
+    assert [spec.shape[0] for spec in (*shop.signature.inputs, *shop.signature.outputs)] == ["rows"] * 3
+    assert any("the axes items are taken for the batch" in note for note in shop.model.facts["notes"])
+    assert [run["batch"] for run in shop.model.facts["proof"]["runs"]] == [1, 2, 3]
+
+
+def test_an_axis_of_its_own_is_not(tmp_path: Path) -> None:
+    source = SourceRequest(str(_pairs(tmp_path / "pairs.onnx")))
+    shop = prepare.open_source(source, Store(tmp_path / "store"), Silent(), batches=(1,))
+    assert [spec.shape[0] for spec in shop.signature.inputs] == ["rows", "points"]
+    assert not any("taken for the batch" in note for note in shop.model.facts["notes"])
