@@ -138,6 +138,7 @@ def quantize(
     weight_scales: o.WeightScales = "max",
     reduce_range: o.ReduceRange = False,
     rounding: o.Rounding = "nearest",
+    equalize: o.Equalize = False,
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
@@ -152,7 +153,7 @@ def quantize(
     from deploykit.pipeline.request import DataRequest
 
     budget = parsing.budget(max_drop, min_sqnr, min_agreement)
-    int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding)
+    int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding, equalize)
     request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8, budget=budget)
     with Bar() as bar:
         made = single.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))

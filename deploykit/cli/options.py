@@ -74,6 +74,13 @@ Rounding = Annotated[
 Preprocess = Annotated[
     str | None,
     typer.Option(help="resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225[,layout=nhwc] or imagenet, timm, none."),
+Equalize = Annotated[
+    bool,
+    typer.Option(
+        "--equalize",
+        help="INT8: first bring the channels between layers to one range, on the calibration samples; the float model stays the same.",
+    ),
+]
 ]
 Classes = Annotated[Path | None, typer.Option(help="A file with the class names in the model's order, one a line.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most this many samples of the data.")]

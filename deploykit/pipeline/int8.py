@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifact import Artifact, Json
-from deploykit.calibration_table import IMPORTED, CalibrationTable
+from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError, MissingBackend
 from deploykit.pipeline.request import Int8Request
 from deploykit.samples import Samples
@@ -55,10 +55,10 @@ def write(
     """The INT8 graph of a float model at `out`, unsaved; runs in a child process.
 
     layout 'cpu' | 'tensorrt'; rest 'fp32' | 'fp16'. Where correction was not asked for by name and has nothing to correct, or
-    no ONNX Runtime to measure with, the graph is written without it, and a note says so.
+    no ONNX Runtime to measure with, the graph is written without it, and a note says so. The table's own notes go along.
     """
     made = _written(path, table, layout, rest, recipe, keep_float, out)
-    for note in table.notes if table.method == IMPORTED else ():
+    for note in table.notes:
         made = _noted(made, note)
     return made
 

@@ -31,12 +31,13 @@ class SourceRequest:
 
 @dataclass(frozen=True)
 class Int8Request:
-    """How INT8 is made. bias_correct: None means wherever there are samples to correct with."""
+    """How INT8 is made. bias_correct: None means wherever there are samples to correct with; equalize: `quantize` alone takes it."""
 
     bias_correct: bool | None = None
     weight_scales: str = "max"
     reduce_range: bool = False
     rounding: str = "nearest"
+    equalize: bool = False
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,54 @@ def quantize_file(
         raise UnknownName("layout", layout, LAYOUTS)
     _needs_suffix(out, ".onnx")
     model = open_model(path)
+    if not request.int8.equalize:
+        return _quantize_file(model, path, mode, layout, out, request, narrator, shapes)
+    samples = _to_equalize(model, mode, request, shapes)
+    narrator.step(f"equalize {path.name} on {len(samples)} samples")
+    with scratch_beside(out) as folder:
+        level = folder / "equalized.onnx"
+        facts = children.run("equalize", _equalize, path, samples, level, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress)
+        given_facts = {**model.artifact.facts, "equalized": facts}
+        levelled = replace(model, digest=open_model(level).digest, artifact=replace(model.artifact, facts=given_facts))
+        return _quantize_file(levelled, level, mode, layout, out, request, narrator, shapes)
+
+
+def _to_equalize(model: ModelFile, mode: str, request: DataRequest, shapes: Mapping[str, ShapeRange]) -> Samples:
+    """The samples that --equalize looks at: those that calibrate. Raises InputError where it makes no sense."""
+    from deploykit.pipeline import mixed
+
+    if mode not in ("static", "mixed"):
+        raise InputError(f"--equalize goes with INT8 from calibration, not with --mode {mode}", "leave --equalize out")
+    if request.calib_table is not None:
+        raise InputError(
+            "--equalize changes the ranges, so a table of the model as it is (--calib) does not fit", "leave one out"
+        )
+    if request.data is None:
+        raise InputError("--equalize needs calibration samples, and there are none", "add --data DATA")
+    everything = open_data(model, request.data, request, shapes)
+    if mode == "static":
+        return data.calibration_share(everything, request.calib_n)
+    return mixed.tuning_share(data.split(everything, calib_n=request.calib_n + mixed.TUNE_N)[0])[0]
+
+
+def _equalize(path: Path, samples: Samples, out: Path) -> dict[str, Any]:
+    """What equalizing has done; the model lies at `out`; runs in a child process."""
+    from deploykit.stages import precision
+
+    return dict(precision.equalize(path, samples, out).facts)
+
+
+def _quantize_file(
+    model: ModelFile,
+    path: Path,
+    mode: str,
+    layout: str,
+    out: Path,
+    request: DataRequest,
+    narrator: Narrator,
+    shapes: Mapping[str, ShapeRange],
+) -> Artifact:
+    """`quantize_file` of a model that was read: `path` has its graph, the model at hand or that one equalized."""
     if mode == "mixed":
         return _mixed_file(model, path, layout, out, request, narrator, shapes)
     if request.budget is not None:
@@ -186,12 +234,12 @@ def quantize_file(
             timeout_s=STAGE_TIMEOUT_S,
             progress=narrator.progress,
         )
-        kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
+        kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
         made = replace(
             made,
             parent=model.artifact.sha256,
             facts={**kept, **made.facts},
-            options={"mode": mode, "layout": layout, **made.options},
+            options={"mode": mode, "layout": layout, **made.options, "equalize": request.int8.equalize},
         )
         return deliver(made, out)
 
@@ -219,10 +267,16 @@ def _mixed_file(
     recipe = Int8Recipe(request.int8, calibrate)
     table = make_table(model, path, request, calibrate, narrator)
     task = mixed.Task(path, layout, table, recipe, budget, tune, judge)
-    kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes")}
+    kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
 
     def finished(made: Artifact) -> Artifact:
-        options = {"mode": "mixed", "layout": layout, "budget": budget.in_words(), **made.options}
+        options = {
+            "mode": "mixed",
+            "layout": layout,
+            "budget": budget.in_words(),
+            **made.options,
+            "equalize": request.int8.equalize,
+        }
         return replace(made, parent=model.artifact.sha256, facts={**kept, **made.facts}, options=options)
 
     with scratch_beside(out) as folder:
@@ -312,6 +366,11 @@ def fact_lines(made: Artifact) -> list[str]:
     from deploykit.pipeline import mixed
 
     found = mixed.lines(made) if "mixed" in made.facts else []
+    level: Any = made.facts.get("equalized")
+    if level is not None:
+        found.insert(
+            0, f"equalized: {level['equalized_groups']} groups of channels, the largest factor {level['largest_factor']:.1f}"
+        )
     return [*found, *(f"note: {note}" for note in made.facts.get("notes", []))]
 
 

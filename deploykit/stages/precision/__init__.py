@@ -6,6 +6,7 @@ from deploykit.stages.precision.bias import NothingToCorrect, bias_correct
 from deploykit.stages.precision.choice import noise as method_noise
 from deploykit.stages.precision.contributions import Contributions, contributions
 from deploykit.stages.precision.dynamic import to_int8_dynamic
+from deploykit.stages.precision.equalization import equalize
 from deploykit.stages.precision.fp16 import to_fp16, to_int8_fp16
 from deploykit.stages.precision.int8 import planned, to_int8
 from deploykit.stages.precision.options import LAYOUTS, ROUNDINGS, WEIGHT_SCALES, Int8Options
@@ -20,6 +21,7 @@ __all__ = [
     "NothingToCorrect",
     "bias_correct",
     "contributions",
+    "equalize",
     "literal_session",
     "method_noise",
     "planned",
