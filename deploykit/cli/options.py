@@ -41,7 +41,10 @@ CalibData = Annotated[
 ]
 CalibN = Annotated[int, typer.Option("-n", "--calib-n", help="How many samples calibrate, at most.")]
 DEFAULT_METHOD = "best"  # calibration_table.DEFAULT_METHOD, not imported: --help answers at once
-Method = Annotated[str, typer.Option(help="Calibration: minmax, entropy, percentile, mse, or best: whichever keeps the INT8 graph closest to float.")]
+Method = Annotated[
+    str,
+    typer.Option(help="Calibration: minmax, entropy, percentile, mse, or best: whichever keeps the INT8 graph closest to float."),
+]
 CalibFile = Annotated[
     Path | None,
     typer.Option("--calib", help="A calibration table: `deploykit calibrate`'s, TensorRT's text cache or ONNX Runtime's."),
@@ -71,9 +74,6 @@ ReduceRange = Annotated[
 Rounding = Annotated[
     str, typer.Option(help="INT8 weights: rounded to the nearest, or learnt on the calibration samples (gptq; takes longer).")
 ]
-Preprocess = Annotated[
-    str | None,
-    typer.Option(help="resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225[,layout=nhwc] or imagenet, timm, none."),
 Equalize = Annotated[
     bool,
     typer.Option(
@@ -81,6 +81,9 @@ Equalize = Annotated[
         help="INT8: first bring the channels between layers to one range, on the calibration samples; the float model stays the same.",
     ),
 ]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(help="resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225[,layout=nhwc] or imagenet, timm, none."),
 ]
 Classes = Annotated[Path | None, typer.Option(help="A file with the class names in the model's order, one a line.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most this many samples of the data.")]
@@ -132,7 +135,9 @@ Streams = Annotated[
 ]
 Scenario = Annotated[
     str | None,
-    typer.Option(help="Also run each row under MLPerf's LoadGen: SingleStream, MultiStream, Server or Offline.", show_default=False),
+    typer.Option(
+        help="Also run each row under MLPerf's LoadGen: SingleStream, MultiStream, Server or Offline.", show_default=False
+    ),
 ]
 ServerLatency = Annotated[
     str, typer.Option("--server-latency", help="Server: the bound that 99 % of the queries keep, e.g. 15ms.")
