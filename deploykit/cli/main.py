@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from deploykit import __version__
-from deploykit.cli import commands, config, config_schema, gate_command, line_commands, look_commands, sweep_command
+from deploykit.cli import commands, config, config_schema, gate_command, line_commands, look_commands, package_command, sweep_command
 from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
 
 # typer carries click inside itself since 0.2x: the class of all usage errors is reached through one it exports.
@@ -42,6 +42,7 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
 line_commands.register(app)
 commands.register(app)
 look_commands.register(app)
+package_command.register(app)
 sweep_command.register(app)
 gate_command.register(app)
 

@@ -1,0 +1,165 @@
+"""What `deploykit package` writes runs by itself, and what makes no sense is refused with what does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from deploykit import backends, graph
+from deploykit.artifact import Artifact
+from deploykit.errors import InputError, UnknownName
+from deploykit.pipeline.packaging import PackageRequest, package
+from deploykit.pipeline.platforms import PLATFORMS, RUNTIMES, require
+from deploykit.session import BuildRequest
+from deploykit.signature import Signature, TensorSpec
+
+PREPROCESS = "resize=8,crop=8,mean=0.5/0.4/0.3,std=0.2/0.3/0.4"
+
+
+class Quiet:
+    """A narrator that says nothing."""
+
+    def step(self, what: str) -> None: ...
+
+    def progress(self, what: str, share: float) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An ONNX Runtime engine of a small convolutional net, as `build` delivers it."""
+    folder = tmp_path_factory.mktemp("engine")
+    path = tiny_models.conv_net(folder / "net.onnx")
+    given = Artifact(path, "onnx", "fp32", graph.signature(graph.load(path)), "given").save()
+    out = folder / "built"
+    out.mkdir()
+    made = backends.get("onnxruntime").build(given, BuildRequest("fp32"), out)
+    return replace(made, stage="engine", options={"backend": "onnxruntime", "model": "net"}).save()
+
+
+def _fake(backend: str, precision: str = "int8", device: str = "cpu") -> Artifact:
+    signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", ("batch", 2)),))
+    options = {"backend": backend, "model": "net"}
+    return Artifact(Path("m"), backend, precision, signature, "engine", options=options, device=device)
+
+
+def test_a_linux_package_runs_and_checks_itself_without_deploykit(engine: Artifact, tmp_path: Path) -> None:
+    from PIL import Image
+
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\ndog\n")
+    picture = tmp_path / "picture.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (11, 13, 3), dtype=np.uint8)).save(picture)
+    out = tmp_path / "package"
+    request = PackageRequest("linux-x86", data=str(picture), preprocess=PREPROCESS, classes=names)
+    made = package(engine.path, request, out, Quiet())
+    assert {"engine.py", "run.py", "check.py", "README.md", "requirements.txt", "model/expected.npz"} <= set(made.files)
+    assert any(note.startswith("check.py here: passed") for note in made.notes)
+
+    blocked = (
+        "import sys, runpy\nsys.modules['deploykit'] = None\nsys.argv = sys.argv[1:]\nsys.path.insert(0, '.')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", blocked, *command], cwd=out, capture_output=True, text=True, check=False)
+
+    checked = run("check.py")
+    assert checked.returncode == 0, checked.stderr
+    shown = run("run.py", str(picture), "--top", "1")
+    assert shown.returncode == 0, shown.stderr
+    with np.load(out / "model" / "expected.npz") as cases:
+        best = int(cases["out/logits"][0, 0].argmax())
+    assert names.read_text().split()[best] in shown.stdout, "the example preprocesses pictures as deploykit does"
+
+    arrays = dict(np.load(out / "model" / "expected.npz"))
+    arrays["out/logits"] = arrays["out/logits"] * 1.1
+    np.savez(out / "model" / "expected.npz", **arrays)
+    wrong = run("check.py")
+    assert wrong.returncode == 1
+    assert "FAILED" in wrong.stdout
+
+
+@pytest.mark.parametrize("platform", ["android", "ios"])
+def test_a_phone_package_holds_sources_and_raw_cases(engine: Artifact, platform: str, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    made = package(engine.path, PackageRequest(platform, cases=2), out, Quiet())
+    suffix = {"android": "kt", "ios": "swift"}[platform]
+    assert {f"Engine.{suffix}", f"OnDevice.{suffix}", "model/cases/1.out.0.bin"} <= set(made.files)
+    facts = json.loads((out / "model" / "model.json").read_text())
+    assert (out / "model" / facts["file"]).read_bytes() == engine.path.read_bytes()
+    with np.load(out / "model" / "expected.npz") as cases:
+        for kind, name in (("in", "x"), ("out", "logits")):
+            raw = np.fromfile(out / "model" / "cases" / f"1.{kind}.0.bin", dtype="<f4")
+            assert np.array_equal(raw, cases[f"{kind}/{name}"][1].ravel())
+    assert any("random" in note for note in made.notes)
+    assert not (out / "model" / "preprocess.json").exists()
+
+
+def test_a_package_replaces_an_older_one_and_nothing_else(engine: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="no package of deploykit's"):
+        package(engine.path, PackageRequest("ios", cases=1), out, Quiet())
+    assert [p.name for p in tmp_path.iterdir()] == ["package"]
+    (out / "mine.txt").unlink()
+    package(engine.path, PackageRequest("ios", cases=1), out, Quiet())
+    package(engine.path, PackageRequest("ios", cases=2), out, Quiet())
+    assert json.loads((out / "model" / "model.json").read_text())["cases"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["package"]
+
+
+def test_every_runtime_has_the_files_of_its_platforms() -> None:
+    import deploykit.on_device
+
+    place = Path(deploykit.on_device.__file__).parent
+    for name, runtime in RUNTIMES.items():
+        for platform in runtime.platforms:
+            file = {"android": f"{name}.kt", "ios": f"{name}.swift"}.get(platform, f"engine_{name}.py")
+            assert (place / file).is_file(), f"{name} for {platform}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "says"),
+    [
+        ("openvino", "ios", "ExecuTorch int8 runs there"),
+        ("openvino", "android", "--backend executorch --precision int8"),
+        ("tvm", "android", "runs there"),
+        ("torch", "linux-arm", "ExecuTorch int8 runs there"),
+        ("tensorrt-rtx", "linux-x86", "runs there"),
+    ],
+)
+def test_a_combination_without_sense_names_the_closest(backend: str, platform: str, says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        require(_fake(backend), backend, platform)
+    assert says in str(caught.value)
+
+
+def test_a_library_goes_to_the_processor_it_was_compiled_for() -> None:
+    assert require(_fake("tvm", "fp32"), "tvm", "linux-x86").title == "Apache TVM"
+    assert require(_fake("tvm", "fp32", "linux-arm64"), "tvm", "linux-arm").title == "Apache TVM"
+    with pytest.raises(InputError, match="x86"):
+        require(_fake("tvm", "fp32"), "tvm", "linux-arm")
+    with pytest.raises(InputError, match="linux-arm64"):
+        require(_fake("tvm", "fp32", "linux-arm64"), "tvm", "linux-x86")
+
+
+def test_an_unknown_platform_is_named_with_the_choices() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'android'"):
+        require(_fake("litert"), "litert", "androit")
+    assert len(PLATFORMS) == 4
+
+
+def test_phones_take_floats_only(tmp_path: Path) -> None:
+    path = tiny_models.two_inputs(tmp_path / "two.onnx")
+    with pytest.raises(InputError, match="float32 only"):
+        package(path, PackageRequest("android"), tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
