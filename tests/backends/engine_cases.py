@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from deploykit import graph, source_spec
 from deploykit.artifact import Artifact
+from deploykit.samples import Samples
 from deploykit.session import Backend, BuildRequest
 from deploykit.signature import Feeds, Signature
 
@@ -63,7 +64,14 @@ def make():
 # mantissa and these nets three layers; an INT8 graph is compared with itself run literally, where a value on a rounding
 # edge may fall to the other side; dynamic INT8 of PyTorch has no graph and is compared with FP32.
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 4e-2, "int8": 0.04, "int8-dynamic": 0.08}
+# A backend that quantizes the source by itself has no graph either.
+OWN_INT8_TOLERANCE = 0.1
 MODELS = ("conv_net", "two_inputs")
+
+
+def tolerance(backend: Backend, precision: str) -> float:
+    """The largest difference allowed of a backend's row; see TOLERANCE."""
+    return OWN_INT8_TOLERANCE if backend.graph(precision) == "source-calibrated" else TOLERANCE[precision]
 
 
 def model(name: str, folder: Path) -> Artifact:
@@ -95,7 +103,7 @@ def graph_of(kind: str, fp32: Artifact, folder: Path) -> Artifact:
     from onnxruntime import quantization as q
 
     out = folder / f"{fp32.path.stem}-{kind}.onnx"
-    if kind == "source":
+    if kind.startswith("source"):
         spec = source_spec.parse(f"{folder / (fp32.path.stem + '_factory.py')}:make")
         path = folder / f"{fp32.path.stem}.json"
         path.write_text(json.dumps(spec.to_json()))
@@ -132,12 +140,31 @@ class _Reader:
         return next(self._left, None)
 
 
+class _SeedReader:
+    """Sample i is the feed of seed i: a reader for calibration."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+
+    def read(self, indices: Any) -> dict[str, Any]:
+        rows = [feeds(self._signature, self._signature.fixed_batch or 1, index) for index in indices]
+        axes = {spec.name: self._signature.batch_axis(spec) for spec in self._signature.inputs}
+        return {n: rows[0][n] if axis is None else np.concatenate([r[n] for r in rows], axis) for n, axis in axes.items()}
+
+
+def calibration(signature: Signature, n: int = 32) -> Samples:
+    """Samples for a backend that quantizes by itself."""
+    return Samples("random", "seeds", _SeedReader(signature), signature, None, tuple(range(n)), role="calibrate")
+
+
 def engine(backend: Backend, fp32: Artifact, precision: str, folder: Path) -> Artifact:
     """The backend's engine with its manifest, in a folder of its own."""
     out = folder / f"{fp32.path.stem}-{backend.name}-{precision}"
     out.mkdir()
-    made = backend.build(graph_of(backend.graph(precision), fp32, folder), BuildRequest(precision, backend.targets()[0]), out)
-    return made.save()
+    kind = backend.graph(precision)
+    samples = calibration(fp32.signature) if kind == "source-calibrated" else None
+    request = BuildRequest(precision, backend.targets()[0], calibration=samples)
+    return backend.build(graph_of(kind, fp32, folder), request, out).save()
 
 
 def expected(backend: Backend, precision: str, fp32: Artifact, folder: Path, inputs: Feeds) -> dict[str, Any]:
