@@ -74,14 +74,14 @@ def _slowdown(row: Row, check: str, found: Contrasts, limit: float, what: str) -
     change = lost(found)
     how = "slower" if change.value >= 0 else "faster"
     said = f"{100 * abs(change.value):.1f} % {how} than the baseline's engine, {what}{_shown(found, change, 'slower', limit)}"
-    return _reason(row, check, found, change, limit, said)
+    return _reason(row, check, judged(found, lost, limit), said)
 
 
 def _growth(row: Row, check: str, found: Contrasts, limit: float, what: str) -> Reason:
     change = grown(found)
     how = "more" if change.value >= 0 else "less"
     said = f"{100 * abs(change.value):.1f} % {how} {what} than the baseline's engine{_shown(found, change, 'more', limit)}"
-    return _reason(row, check, found, change, limit, said)
+    return _reason(row, check, judged(found, grown, limit), said)
 
 
 def _shown(found: Contrasts, change: Change, way: str, limit: float) -> str:
@@ -92,8 +92,8 @@ def _shown(found: Contrasts, change: Change, way: str, limit: float) -> str:
     )
 
 
-def _reason(row: Row, check: str, found: Contrasts, change: Change, limit: float, said: str) -> Reason:
-    outcome, why = judged(found, change, limit)
+def _reason(row: Row, check: str, verdict: tuple[str, str], said: str) -> Reason:
+    outcome, why = verdict
     return reason(row, check, outcome, f"{said}; {why}" if why else said)
 
 
@@ -102,7 +102,7 @@ def undecided(turns: Turns, limits: Limits) -> bool:
     if limits.max_slowdown is None or any(doubtful(m) for m in (turns.old, turns.again, turns.new)):
         return False
     found = contrasts(turns, undisturbed_seconds)
-    return judged(found, lost(found), limits.max_slowdown)[0] == "inconclusive"
+    return judged(found, lost, limits.max_slowdown)[0] == "inconclusive"
 
 
 def size(now: Row, was: Row, limit: float) -> Reason:
