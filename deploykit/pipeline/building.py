@@ -13,7 +13,7 @@ from typing import Any
 from deploykit import backends, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import BackendFailed, InputError, MissingBackend
+from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend
 from deploykit.observation import INTEGER
 from deploykit.pipeline import int8, limited, prepare
 from deploykit.pipeline.delivered import deliver_engine, scratch_beside
@@ -24,6 +24,7 @@ from deploykit.pipeline.single import open_model, table_and_recipe
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange
+from deploykit.verdict import Finding
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Graphs:
         if kind not in self._made:
             self._made[kind] = self._make(kind)
         return self._made[kind]
+
+    def lint(self, kind: str, backend_name: str) -> tuple[Finding, ...]:
+        """What the backend's rules say of the graph of that kind, where it is to run in integers: before its parser sees it.
+        Raises ChecksFailed for what the parser would refuse."""
+        if not (kind == "mixed" or kind.startswith("int8")):
+            return ()
+        found: list[Finding] = self._run("check", _lint, self.of(kind).path, backend_name)
+        for finding in found:
+            if finding.severity == "error":
+                where = f" (node {finding.node})" if finding.node else ""
+                raise ChecksFailed(f"{finding.code}: {finding.message}{where}", finding.remedy)
+        return tuple(found)
 
     def _make(self, kind: str) -> Artifact:
         given = self.model.artifact
@@ -171,6 +184,12 @@ def build_engine(
     )
     folder = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
     return deliver_engine(made, out / folder)
+
+
+def _lint(path: Path, backend_name: str) -> list[Finding]:
+    from deploykit.stages import checks
+
+    return checks.lint(path, backend_name)
 
 
 def _is_quantized(path: Path) -> bool:

@@ -87,6 +87,8 @@ def build(
         for wanted, allow in chosen:
             kind = building.require_buildable(name, wanted, allow=allow)
             part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
+            for finding in graphs.lint(kind, name):
+                tell(f"{finding.code}: {finding.message}; {finding.remedy}")
             extras = building.Extras(allow, part, request.limits)
             engine = building.build_engine(graphs.of(kind), request.model, name, wanted, out, graphs.folder, narrator, extras)
             engines.append(engine)

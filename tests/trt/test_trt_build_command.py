@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import child_functions
 import pytest
 import tiny_models
+import trt_graphs
 from typer.testing import CliRunner
 
 from deploykit import backends
-from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, ChildDied, InputError
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, ChecksFailed, ChildDied, InputError
 from deploykit.pipeline import limited, trt
 from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Silent
@@ -51,6 +53,20 @@ def test_int8_on_sm75_fails_unless_fallback_is_allowed(tmp_path: Path) -> None:
     (engine,) = made.engines
     assert "Half" in engine.facts["fell_back"]
     assert any("asked: Conv 2 Int8" in note for note in engine.facts["notes"])
+
+
+@RTX
+def test_a_graph_quantized_by_others_is_linted_before_the_parser(tmp_path: Path) -> None:
+    request = trt.TrtRequest(
+        trt_graphs.qdq_conv(tmp_path / "q.onnx", zero_point=3), ("int8",), ("sm89",), (1, 2), "rtx", False, {}
+    )
+    with pytest.raises(ChecksFailed, match=r"DK\d+.*zero.point"):
+        trt.build(request, DataRequest(), tmp_path / "out", Silent())
+    told: list[str] = []
+    request = replace(request, model=trt_graphs.qdq_conv(tmp_path / "axis.onnx", axis=1))
+    made = trt.build(request, DataRequest(), tmp_path / "out", Silent(), told.append)
+    assert made.exit_code == EXIT_FAILED  # the convolution runs in float
+    assert any(line.startswith("DK") and "axis" in line for line in told), told
 
 
 @RTX
