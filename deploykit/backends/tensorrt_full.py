@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class TensorRt:
 
     def missing(self) -> Missing | None:
         """Why no engine can be built here: the package, or the GPU that building needs."""
-        return installed.missing("tensorrt", self.extra) or (None if gpu.found() else _NO_GPU)
+        return installed.missing("tensorrt", self.extra) or _only_stubs() or (None if gpu.found() else _NO_GPU)
 
     def cannot_run(self) -> Missing | None:
         """Why an engine cannot run here."""
@@ -150,6 +151,14 @@ class TensorRt:
         adapter = request.options.get("cuda")
         device = open_device(None if adapter is None else str(adapter))
         return EngineSession(trt, device, engine, request, f"{here.name} ({here.target})")
+
+
+def _only_stubs() -> Missing | None:
+    """Seen with tensorrt-stubs 10.13: it installs a folder `tensorrt` of type stubs, which imports as an empty package."""
+    found = importlib.util.find_spec("tensorrt")
+    if found is not None and found.origin is None:
+        return Missing("the package 'tensorrt' that is here holds no code (type stubs?)", "pip install 'deploykit[tensorrt]'")
+    return None
 
 
 def _calibration(trt: Any, request: BuildRequest, model: Any) -> tuple[str | None, tuple[str, ...]]:

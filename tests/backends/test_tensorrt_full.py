@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
@@ -90,3 +91,16 @@ def test_a_plan_of_another_gpu_model_is_refused(tmp_path: Path, monkeypatch: pyt
     made = dataclasses.replace(artifact(conv_net(tmp_path / "m.onnx"), "fp16"), path=path, facts={"gpu": "NVIDIA A10"})
     with pytest.raises(MissingBackend, match="built on NVIDIA A10; this machine has Tesla T4"):
         BACKEND.open(made, OpenRequest("fp16", 1, 1))
+
+
+def test_a_folder_of_type_stubs_is_no_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "__init__.pyi").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    missing = backends.get("tensorrt").missing()
+    assert missing is not None
+    assert "no code" in missing.why or "not installed" in missing.why
+    (tmp_path / "tensorrt" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    found = backends.get("tensorrt").missing()
+    assert found is None or "GPU" in found.why
