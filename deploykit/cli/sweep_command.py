@@ -122,7 +122,7 @@ def _show(swept: Swept) -> None:
             continue
         lost = f"{quality.drop_pp:.2f}" if quality.drop_pp is not None else ""
         size = f"{quality.size_bytes / 1e6:.3g}" if quality.size_bytes else ""
-        mark = "recommended" if configuration == swept.found.best else ""
+        mark = "recommended" if configuration == swept.found.best else f"({swept.found.trial(configuration).effort})"
         rows.append([str(configuration), f"{score.images_per_s:,.4g}", f"{score.p50_s * 1e3:.3g}", lost, size, mark])
     show_rows("Pareto front", ["Configuration", "img/s", "p50 ms", "Drop pp", "MB", ""], rows)
     reasons: dict[str, list[str]] = {}

@@ -100,9 +100,9 @@ class Swept:
         }
 
     def _entry(self, configuration: Configuration) -> dict[str, Any]:
-        score = self.found.trial(configuration).score
-        quality = self.qualities.get(configuration.engine, Quality())
-        return {**asdict(configuration), **(asdict(score) if score is not None else {}), **asdict(quality)}
+        trial, quality = self.found.trial(configuration), self.qualities.get(configuration.engine, Quality())
+        score = asdict(trial.score) if trial.score is not None else {}
+        return {**asdict(configuration), **score, **asdict(quality), "effort": trial.effort}
 
 
 def take(request: SweepRequest, say: Narrator) -> Swept:

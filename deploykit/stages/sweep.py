@@ -101,9 +101,14 @@ class Trial:
     out: str = ""
 
     @property
+    def effort(self) -> str | None:
+        """The most careful effort it was measured with; None where it was not."""
+        return next((e for e in reversed(EFFORTS) if e in self.scores), None)
+
+    @property
     def score(self) -> Score | None:
-        """The most careful score there is."""
-        return next((self.scores[e] for e in reversed(EFFORTS) if e in self.scores), None)
+        """The score of that effort."""
+        return None if self.effort is None else self.scores[self.effort]
 
     def to_json(self) -> dict[str, Any]:
         """The trial as JSON values."""
@@ -171,7 +176,7 @@ def search(
             for trial in trials.values():
                 if trial.out.startswith(_BEHIND) and "final" not in trial.scores:
                     trial.out = ""
-    return Found(best, _front(list(trials.values()), qualities), tuple(trials.values()), clock() - start)
+    return Found(best, _front(list(trials.values()), qualities, best), tuple(trials.values()), clock() - start)
 
 
 _BEHIND = "behind the best"
@@ -291,8 +296,11 @@ def _narrow(trials: Sequence[Trial], effort: str, objective: str) -> None:
             trial.out = f"{_BEHIND} by {1 - share:.0%} ({effort})"
 
 
-def _front(trials: Sequence[Trial], qualities: Mapping[tuple[str, str], Quality]) -> tuple[Configuration, ...]:
-    """The measured configurations that no other beats in throughput, latency, accuracy and size at once."""
+def _front(
+    trials: Sequence[Trial], qualities: Mapping[tuple[str, str], Quality], best: Configuration | None
+) -> tuple[Configuration, ...]:
+    """The measured configurations that no other beats in throughput, latency, accuracy and size at once, by rising latency.
+    The recommendation is always one: a glimpse of another does not stand over its full measurement."""
     points: list[tuple[Configuration, tuple[float, ...]]] = []
     for trial in trials:
         score = trial.score
@@ -305,5 +313,5 @@ def _front(trials: Sequence[Trial], qualities: Mapping[tuple[str, str], Quality]
     def beaten(mine: tuple[float, ...]) -> bool:
         return any(other != mine and all(o <= m for o, m in zip(other, mine, strict=True)) for _, other in points)
 
-    front = [(configuration, point) for configuration, point in points if not beaten(point)]
+    front = [(configuration, point) for configuration, point in points if configuration == best or not beaten(point)]
     return tuple(configuration for configuration, _ in sorted(front, key=lambda item: item[1][1]))

@@ -1,0 +1,145 @@
+"""One tiny model through the line with a scenario and ceilings, and through a sweep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from deploykit import children, report_document
+from deploykit.errors import InputError, MissingBackend
+from deploykit.pipeline import delivery, line, rooflines, scenarios, sweeping
+from deploykit.pipeline.line import LineRequest, LineResult
+from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
+from deploykit.roofline import Ceilings
+from deploykit.stages import bench
+from deploykit.stages import ceilings as stage
+from deploykit.stages.sweep import Limits
+from deploykit.store import Store
+
+pytest.importorskip("onnxruntime")
+CEILINGS = Ceilings("test", "measured", {"fp32": 1e12}, {1 << 18: 1e11})
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> LineRequest:
+    folder = tmp_path_factory.mktemp("load")
+    model = tiny_models.conv_net(folder / "tiny.onnx")
+    rows = RowsRequest(("onnxruntime",), ("fp32",), (1, 2), threads=1, duration="smoke", scenario="Offline")
+    return LineRequest((SourceRequest(str(model)),), DataRequest("random:8"), rows, folder / "store")
+
+
+@pytest.fixture(scope="module")
+def result(request_: LineRequest) -> LineResult:
+    pytest.importorskip("mlperf_loadgen")
+    measure, stage.measure = stage.measure, lambda threads, progress=None: CEILINGS
+    try:
+        return line.run(request_)
+    finally:
+        stage.measure = measure
+
+
+def test_a_row_has_the_scenario_s_figure_and_its_logs_lie_beside_the_report(result: LineResult, tmp_path: Path) -> None:
+    rows = result.report.rows
+    assert [r.scenario for r in rows] == ["Offline", "Offline"]
+    assert all(r.scenario_value and r.scenario_unit == "samples/s" and r.scenario_valid is not None for r in rows)
+    assert all("LoadGen Offline: " in r.notes for r in rows)
+    delivery.deliver(result.report, result, tmp_path / "out", Silent())
+    logs = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out" / "loadgen").rglob("*.txt"))
+    assert len(logs) == 4
+    read = report_document.load(tmp_path / "out")
+    assert read.scenarios == result.report.scenarios
+    assert {doc["verdict"] for doc in read.scenarios.values()} <= {"VALID", "INVALID"}
+
+
+def test_each_row_has_its_share_of_the_ceilings(result: LineResult) -> None:
+    for row in result.report.rows:
+        assert row.roofline_share is not None and 0 < row.roofline_share < 1
+        assert row.bound_by == "overhead"
+    assert result.report.environment["ceilings"]["ops_per_s"] == {"fp32": 1e12}
+
+
+def test_a_second_run_reuses_what_loadgen_found(
+    request_: LineRequest, result: LineResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenarios, "_ask", lambda *_: pytest.fail("it was asked again"))
+    monkeypatch.setattr(stage, "measure", lambda *_: pytest.fail("the ceilings were measured again"))
+    again = line.run(request_)
+    assert again.report.scenarios == result.report.scenarios
+
+
+def test_without_loadgen_the_rows_say_what_to_install(
+    request_: LineRequest, result: LineResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "has_module", lambda name: False)
+    loads = scenarios.take(
+        result.entries, result.entries[0].engine.signature, None, request_.rows, Store(request_.store), Silent()
+    )
+    assert loads.exit_code() == 3
+    planned = [e.row for e in result.entries]
+    said = scenarios.said(result.report.rows, planned, result.results, loads)
+    assert all("LoadGen: skipped" in r.notes and "pip install 'deploykit[loadgen]'" in r.notes for r in said)
+
+
+def test_one_sample_at_a_time_is_no_load_for_a_larger_batch(
+    request_: LineRequest, result: LineResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenarios, "_one", lambda *_: MissingBackend("stand-in"))
+    rows = replace(request_.rows, scenario="singlestream")
+    loads = scenarios.take(result.entries, result.entries[0].engine.signature, None, rows, Store(request_.store), Silent())
+    assert "one sample at a time" in str(next(o for key, o in loads.outcomes.items() if key.endswith("b2")))
+
+
+def test_ceilings_below_a_row_are_measured_again_and_the_higher_ones_stay(
+    request_: LineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(
+        [
+            Ceilings("a", "measured", {"fp32": 1e9, "int8": 9e9}, {1: 5.0}),
+            Ceilings("b", "measured", {"fp32": 2e9, "int8": 1e9}, {1: 4.0}),
+        ]
+    )
+    monkeypatch.setattr(stage, "measure", lambda threads, progress=None: next(found))
+    store = Store(tmp_path)
+    first, kept = rooflines.ceilings(store, 1, Silent())
+    assert (first.ops_per_s["fp32"], kept) == (1e9, False)
+    assert rooflines.ceilings(store, 1, Silent()) == (first, True)
+    second, _ = rooflines.ceilings(store, 1, Silent(), fresh=True)
+    assert (second.ops_per_s, second.bytes_per_s) == ({"fp32": 2e9, "int8": 9e9}, {1: 5.0})
+    assert rooflines.ceilings(store, 1, Silent()) == (second, True)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = bench.Duration("test", launches=1, rounds=2, seconds=0.1, limit_s=0.1, enough_runs=1)
+    monkeypatch.setattr(sweeping, "_DURATIONS", {"look": quick, "final": quick})
+    monkeypatch.setattr(sweeping, "GLIMPSE_S", 0.02)
+
+
+def test_a_sweep_recommends_and_says_how_to_measure_it_again(request_: LineRequest, short: None) -> None:
+    asked = sweeping.SweepRequest(request_, Limits(max_latency_s=10.0), (1,), command=("deploykit", "bench", "tiny.onnx"))
+    swept = sweeping.take(asked, Silent())
+    best = swept.found.best
+    assert best is not None
+    assert swept.exit_code == 0
+    doc = json.loads(json.dumps(swept.to_json()))
+    assert doc["recommended"]["command"].startswith("deploykit bench tiny.onnx --backend onnxruntime --precision fp32 --batch ")
+    assert doc["recommended"]["agreement"] == 1.0
+    assert best in swept.found.front
+    again = sweeping.take(asked, Silent())
+    assert again.reused == sum("glimpse" in t.scores for t in again.found.trials) > 0
+
+
+def test_a_sweep_that_nothing_can_keep_says_so(request_: LineRequest, short: None) -> None:
+    swept = sweeping.take(sweeping.SweepRequest(request_, Limits(max_latency_s=1e-9), (1,)), Silent())
+    assert swept.found.best is None
+    assert swept.exit_code == 1
+    assert "nothing here keeps the limits" in "\n".join(sweeping.lines(swept))
+
+
+def test_a_drop_cannot_be_limited_without_labels(request_: LineRequest) -> None:
+    with pytest.raises(InputError, match="labelled samples"):
+        sweeping.take(sweeping.SweepRequest(request_, Limits(max_drop_pp=0.5)), Silent())
