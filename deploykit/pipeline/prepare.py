@@ -304,12 +304,16 @@ def engine(
     if calibration is not None:
         options |= {"calibration": calibration.digest, "calibration_n": len(calibration)}
     module = Path(str(importlib.import_module(f"deploykit.backends.{backends.MODULES[backend_name]}").__file__))
-    extra = tuple(sorted((PACKAGE / "trt").glob("*.py"))) if backend_name.startswith("tensorrt") else ()
+    extra = tuple(sorted(module.parent.glob(f"{module.stem}_*.py")))
+    if backend_name.startswith("tensorrt"):
+        extra += tuple(sorted((PACKAGE / "trt").glob("*.py")))
     what = f"{backend_name} {precision}" + ("" if target == "cpu" else f" {target}")
 
     def build(folder: Path) -> Artifact:
         made: Artifact = shop.child(f"build {what}", build_engine, backend_name, graph, request, folder)
-        return replace(made, stage="engine", precision=precision, device=target, parent=graph.sha256)
+        kept = {k: shop.model.facts[k] for k in ("preprocess", "classes") if shop.model.facts.get(k)}  # for predict and package
+        facts = {**kept, **made.facts}
+        return replace(made, stage="engine", precision=precision, device=target, parent=graph.sha256, facts=facts)
 
     return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=(module, *extra))
 
