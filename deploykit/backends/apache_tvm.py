@@ -5,9 +5,12 @@ A library takes any batch the graph takes. `BuildRequest.options`: 'tune' (secon
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ import numpy as np
 
 from deploykit import children
 from deploykit.artifact import Artifact
+from deploykit.backends import apache_tvm_arm as arm
 from deploykit.backends import apache_tvm_compile as compiling
+from deploykit.backends import apache_tvm_tuning as tuning
 from deploykit.backends import installed, opened
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.session import BuildRequest, Missing, OpenRequest, Session
 from deploykit.signature import Feeds, Outputs, Signature
 
 NAME = "tvm"
+_PROOF_TOLERANCE = 1e-4  # of the largest output: FP32 sums in another order
 _REFUSED = {
     "fp16": "no x86 CPU below Sapphire Rapids computes in FP16, and TVM would compute it in FP32 with conversions",
     "bf16": "TVM 0.26 emits no BF16 dot products for x86 from a graph of ours",
@@ -86,7 +92,9 @@ class Tvm:
         machine = compiling.arm() if request.target == compiling.ARM else compiling.here()
         threads = int(request.options.get("threads", 0)) or children.available_threads()
         files, facts = _libraries(artifact, request, machine, threads, folder)
-        return Artifact(
+        more, found = _tuned(artifact, request, machine, threads, folder)
+        files, facts = [*files, *more], {**facts, **found}
+        made = Artifact(
             path=folder / files[0],
             format=NAME,
             precision="fp32",
@@ -98,6 +106,9 @@ class Tvm:
             device=request.target,
             facts={"cpu": machine.cpu, "triple": machine.triple, "linker": compiling.link_version(machine.linker), **facts},
             companions=dict.fromkeys(files[1:], ""),
+        )
+        return (
+            made if request.target == "cpu" else replace(made, facts={**made.facts, **_proven(made, request, artifact, folder)})
         )
 
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
@@ -133,19 +144,99 @@ def _libraries(
         if artifact.signature.batch_symbol is None or "no converter" in exc.message:
             raise
         reason, batches = exc.message, list(dict.fromkeys(request.batches))
-    files, plain = [], {}
+    files: list[str] = []
+    plain: dict[str, list[str]] = {}
     for at, batch in enumerate(batches):
-        children.report_progress("compile", (at + 0.3) / len(batches))
-        module = modules.get(batch)
-        if module is None:
-            module = compiling.lowered(compiling.imported(artifact.path, artifact.signature, batch), machine.target(threads))
+        children.report_progress("compile", at / len(batches))
         name = "model.so" if batch is None else f"model-b{batch}.so"
+        module = modules.get(batch) or _lowered(artifact, machine, threads, batch)
         plain[name] = list(compiling.library(module, machine, threads, folder / name))
         files.append(name)
-    facts: dict[str, Any] = {"threads_tuned_for": threads, "unscheduled": {k: v for k, v in plain.items() if v}}
+    facts: dict[str, Any] = {"threads": threads, "unscheduled": {k: v for k, v in plain.items() if v}}
     if reason:
         facts |= {"batches": [b for b in batches if b is not None], "notes": [f"one library a batch: {reason}"]}
     return files, facts
+
+
+def _lowered(artifact: Artifact, machine: compiling.Machine, threads: int, batch: int | None) -> Any:
+    return compiling.lowered(compiling.imported(artifact.path, artifact.signature, batch), machine.target(threads))
+
+
+def _tuned(
+    artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, folder: Path
+) -> tuple[list[str], dict[str, Any]]:
+    """The names of the libraries made by a search, one a batch, and what it found, by name; the log beside them."""
+    budget = float(request.options.get("tune", 0))
+    if budget <= 0:
+        return [], {}
+    if machine.name != "cpu":
+        raise InputError(
+            "a search measures on the machine that the engine is for",
+            "tune over RPC to a board (docs/tvm-rpc.md), or build without --tune",
+        )
+    database = tuning.database_folder(machine, threads)
+    fixed = artifact.signature.fixed_batch
+    batches = [fixed] if fixed is not None else list(dict.fromkeys(request.batches))
+    files, found = [], {}
+    for batch in batches:
+        module = _lowered(artifact, machine, threads, batch)
+        name = f"model-b{batch}.so"
+        found[name] = tuning.search(module, machine, threads, budget / len(batches), database)
+        compiling.library(tuning.applied(module, machine, threads, database), machine, threads, folder / name)
+        files.append(name)
+    (folder / "tuning.json").write_text(json.dumps(found, indent=1))
+    return [*files, "tuning.json"], {"tuning": {name: {**each, "curve": each["curve"][-1]} for name, each in found.items()}}
+
+
+def _proven(made: Artifact, request: BuildRequest, fp32: Artifact, folder: Path) -> dict[str, Any]:
+    """What running an ARM library under qemu showed: its largest error against the same graph compiled for this CPU, by
+    our own session; or why it could not be run. Raises BackendFailed for outputs that differ."""
+    absent = arm.missing()
+    if absent is not None:
+        return {"notes": [f"outputs not proven: {absent}"]}
+    batch = made.signature.fixed_batch or request.batches[0]
+    scratch = folder / "proof"
+    scratch.mkdir()
+    try:
+        files, facts = _libraries(fp32, BuildRequest("fp32", "cpu", (batch,), request.shapes), compiling.here(), 1, scratch)
+        here = Artifact(scratch / files[0], NAME, "fp32", made.signature, "proof", facts={**facts, "cpu": ""})
+        feeds = _random_feeds(made.signature, batch, request)
+        session = BACKEND.open(here, OpenRequest("fp32", batch, 1, request.shapes))
+        wanted = session.infer(feeds)
+        session.close()
+        children.report_progress("run under qemu", 0.8)
+        library, _ = _library_for(made, batch)
+        found = arm.outputs(library, made.signature, feeds, {k: v.shape for k, v in wanted.items()}, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    worst = max(_distance(found[name], wanted[name]) for name in wanted)
+    if not worst <= _PROOF_TOLERANCE:
+        raise BackendFailed(
+            f"under qemu the library's outputs differ from this CPU's by {worst:.1e} of the largest value",
+            "report it with the model: the code made for ARM is wrong",
+        )
+    return {
+        "proof": {"emulator": "qemu-user", "batch": batch, "max_error": worst, "relative_to": "largest output"},
+        "notes": [f"outputs proven under qemu at batch {batch}: max error {worst:.1e} of the largest value"],
+    }
+
+
+def _random_feeds(signature: Signature, batch: int, request: BuildRequest) -> dict[str, Any]:
+    """Seeded inputs: normal floats, zeros for integers (which may be indices)."""
+    rng = np.random.default_rng(0)
+    shapes = signature.shapes(batch, request.shapes)
+    return {
+        s.name: (rng.normal(size=shapes[s.name]) if s.dtype.startswith("float") else np.zeros(shapes[s.name])).astype(s.dtype)
+        for s in signature.inputs
+    }
+
+
+def _distance(found: Any, wanted: Any) -> float:
+    """Largest absolute difference over the largest reference value."""
+    if not wanted.size:
+        return 0.0
+    gap = float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max())
+    return gap / max(float(np.abs(wanted).max()), 1e-30)
 
 
 def _library_for(engine: Artifact, batch: int) -> tuple[Path, tuple[str, ...]]:

@@ -251,13 +251,17 @@ def build(
     method: o.Method = o.DEFAULT_METHOD,
     preprocess: o.Preprocess = None,
     shapes: o.Shapes = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="tvm: search for faster schedules for so long (90s, 10m, 1h); goes on where a search stopped."),
+    ] = None,
 ) -> int:
     """One backend's engine, with its manifest.
 
     Example:  deploykit build model.onnx --backend openvino --precision fp32 -o engines-ov
     """
     from deploykit import backends
-    from deploykit.errors import UnknownName
+    from deploykit.errors import InputError, UnknownName
     from deploykit.pipeline import building, single
     from deploykit.pipeline.request import DataRequest
     from deploykit.session import PRECISIONS, BuildRequest
@@ -268,7 +272,10 @@ def build(
     where = target or chosen.targets()[0]
     if where not in chosen.all_targets():
         raise UnknownName("target", where, chosen.all_targets())
-    wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes))
+    if tune is not None and backend != "tvm":
+        raise InputError(f"--tune is for --backend tvm; {backend} has no search", "leave --tune out")
+    options = {} if tune is None else {"tune": parsing.seconds(tune, "--tune")}
+    wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes), options)
     with Bar() as bar:
         made = building.build_file(
             model, backend, wanted, out, DataRequest(data, None, preprocess, None, None, n, method, calib), bar

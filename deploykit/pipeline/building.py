@@ -154,9 +154,10 @@ def build_engine(
     place = scratch / f"built-{backend_name}-{wanted.precision}-{wanted.target}"
     place.mkdir()
     name = f"build {backend_name}"
+    limits = extras.limits or limited.Limits(STAGE_TIMEOUT_S + float(wanted.options.get("tune", 0)))
     try:
         made: Artifact = limited.run(
-            name, prepare.build_engine, backend_name, graph, wanted, place, limits=extras.limits, progress=narrator.progress
+            name, prepare.build_engine, backend_name, graph, wanted, place, limits=limits, progress=narrator.progress
         )
     except BackendFailed as exc:
         if extras.explain is None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from deploykit import backends
 from deploykit.errors import EXIT_MISSING, UnknownName
 from deploykit.pipeline.request import RowsRequest
-from deploykit.session import PRECISIONS
+from deploykit.session import PRECISIONS, Missing
 from deploykit.signature import Signature
 from deploykit.verdict import Finding
 
-_TORCH_KINDS = ("torchvision", "timm", "factory", "pt2")
+_TORCH_KINDS = ("torchvision", "timm", "factory", "pt2", "keras")
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def _judge(row: PlannedRow, kind: str, base: str, refused: Mapping[str, Finding]
         finding = refused[row.backend]
         return replace(row, skip=f"{finding.code}: {finding.message}; {finding.remedy}", skip_code=EXIT_MISSING)
     cannot = backend.cannot_run()
+    if cannot is None and row.target != "cpu" and backend.targets() == ("cpu",):
+        cannot = Missing(f"it is cross-compiled for {row.target}", "copy it to such a machine")
     return replace(row, runnable=cannot is None, cannot_run="" if cannot is None else str(cannot))
 
 
