@@ -49,7 +49,8 @@ class Report:
     Runtime FP32); model: name, digest, parameters, macs, ...; environment: the machine; samples: `Samples.describe()`
     by role ('calibrate', 'judge'); versions: package -> version; measured_at: ISO 8601; measurements: row id ->
     `Measurement.to_json()`, kept in a file beside the report; drifts: row id -> statistics of that row's drift; scenarios: row id ->
-    what MLPerf's LoadGen found.
+    what MLPerf's LoadGen found; explanations: engine ('name backend precision') -> why its INT8 is not faster ('verdict',
+    'findings', 'batch').
     """
 
     rows: tuple[Row, ...]
@@ -66,6 +67,7 @@ class Report:
     drifts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scenarios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    explanations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     wrong_checksum: str = ""  # the one its file states, where the rest of the file does not have it: edited by hand
 
@@ -132,6 +134,7 @@ class Report:
             "notes": list(self.notes),
             "drifts": finite({k: dict(v) for k, v in self.drifts.items()}),
             "scenarios": finite({k: dict(v) for k, v in self.scenarios.items()}),
+            "explanations": finite({k: dict(v) for k, v in self.explanations.items()}),
         }
         return {**doc, "checksum": self.wrong_checksum or checksum(doc)}
 
@@ -178,6 +181,7 @@ class Report:
             notes=strings("notes"),
             drifts=drifts,
             scenarios={k: _expect(v, dict, f"{where}: scenarios.{k}") for k, v in mapping("scenarios").items()},
+            explanations={k: _expect(v, dict, f"{where}: explanations.{k}") for k, v in mapping("explanations").items()},
             measurements=measurements or {},
             wrong_checksum=_wrong_checksum(top, where),
         )

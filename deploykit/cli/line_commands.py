@@ -77,6 +77,8 @@ def run(
 
     Example:  deploykit run resnet18 --weights none --num-classes 10 --data digits -o out
     """
+    from dataclasses import replace
+
     from deploykit.pipeline import delivery, gating, line
     from deploykit.pipeline.request import SourceRequest
 
@@ -112,7 +114,7 @@ def run(
     )
     gating.check(asked)
     with delivery.held(out, store), Bar() as bar:
-        result = line.run(request, bar)
+        result = line.run(replace(request, explain=True), bar)
         report, verdict = gating.judge(result, asked, bar)
         delivery.deliver(report, result, out, bar)
     show_report(report, json_file, [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"])

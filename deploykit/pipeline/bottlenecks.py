@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from deploykit import backends, children, data, machine, preprocess
 from deploykit.artifact import Artifact
-from deploykit.errors import InputError, MissingBackend
+from deploykit.errors import DeploykitError, InputError, MissingBackend, OutOfSpace
 from deploykit.kernel_profile import KINDS
+from deploykit.measurement import Measurement
 from deploykit.pipeline import engines, single
-from deploykit.pipeline.request import DataRequest, Narrator
+from deploykit.pipeline.measuring import Entry, Results
+from deploykit.pipeline.request import DataRequest, Narrator, RowsRequest
 from deploykit.preprocess import Preprocess
 from deploykit.session import OpenRequest
-from deploykit.signature import ShapeRange
+from deploykit.signature import Feeds, ShapeRange
 from deploykit.stages import bottleneck
 from deploykit.stages.bottleneck import Explanation
 
@@ -61,6 +64,40 @@ def explain(
         threads=count,
         timeout_s=PROFILE_TIMEOUT_S,
     )
+
+
+def of_entries(
+    entries: Sequence[Entry], results: Results, pools: Mapping[int, Sequence[Feeds]], rows: RowsRequest, narrator: Narrator
+) -> dict[str, dict[str, Any]]:
+    """'name backend precision' -> why it is not faster, of each measured INT8 engine whose runtime has a profile, at its least
+    batch. A profile that fails says so in its 'verdict': it costs no row."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in sorted(entries, key=lambda e: e.row.batch):
+        row = entry.row
+        name = f"{row.name} {row.backend} {row.precision}"
+        quantized = row.precision in ("int8", "int8-dynamic", "mixed") and row.backend in bottleneck.BACKENDS
+        if not quantized or name in found or not isinstance(results.measured.get(row.id), Measurement):
+            continue
+        count = rows.threads or children.available_threads()
+        graph = entry.engine.path if entry.engine.path.suffix == ".onnx" else None
+        narrator.step(f"profile {name}, batch {row.batch}")
+        try:
+            made = children.run(
+                f"profile {name}",
+                bottleneck.explain,
+                *(row.backend, entry.engine, graph, entry.request(row.batch, rows, count), list(pools[row.batch])[:POOL]),
+                *(machine.features(), platform.machine()),
+                threads=count,
+                timeout_s=PROFILE_TIMEOUT_S,
+            )
+        except OutOfSpace:
+            raise
+        except DeploykitError as exc:
+            found[name] = {"verdict": f"not profiled: {exc.message}", "batch": row.batch, "findings": []}
+            continue
+        doc = made.to_json()
+        found[name] = {key: doc[key] for key in ("verdict", "batch", "threads", "kinds", "findings")}
+    return found
 
 
 def _engine(path: Path, backend_name: str | None) -> tuple[Artifact, str, Mapping[str, object]]:

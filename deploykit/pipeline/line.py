@@ -20,7 +20,7 @@ from deploykit.errors import (
     OutOfSpace,
     StaleCalibration,
 )
-from deploykit.pipeline import assemble, engines, given, measuring, prepare, ranges, rooflines, scenarios
+from deploykit.pipeline import assemble, bottlenecks, engines, given, measuring, prepare, ranges, rooflines, scenarios
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
@@ -49,6 +49,7 @@ class LineRequest:
     rows: RowsRequest = field(default_factory=RowsRequest)
     store: Path = Path("engines")
     command: tuple[str, ...] = ()
+    explain: bool = False  # take a profile of each INT8 engine, to say why it is not faster
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
     table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
     report = _report(request, models, samples, table, results, reference, ceilings, origin, loads)
+    if results is not None and request.explain:
+        report = replace(report, explanations=bottlenecks.of_entries(entries, results, pools, rows, say))
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploykit.stages.bottleneck.api import Explanation, explain
+from deploykit.stages.bottleneck.api import BACKENDS, Explanation, explain
 from deploykit.stages.bottleneck.causes import Finding
 
-__all__ = ["Explanation", "Finding", "explain"]
+__all__ = ["BACKENDS", "Explanation", "Finding", "explain"]
