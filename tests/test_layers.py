@@ -28,6 +28,10 @@ HEAVY = [
     "pycuda",
     "tvm",
     "executorch",
+    "litert_torch",
+    "ai_edge_litert",
+    "ai_edge_quantizer",
+    "keras",
     "sklearn",
     "scipy",
     "PIL",
@@ -78,6 +82,7 @@ def test_every_help_works_with_the_heavy_packages_blocked() -> None:
         "gate",
         "report",
         "predict",
+        "package",
     ]
     code = (
         BLOCKER

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
+import logging
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.artifact import Artifact, Json
-from deploykit.backends import executorch_file, opened, torch_source
+from deploykit.backends import executorch_count, opened, torch_source
 from deploykit.backends.torch_source import LoadedSource
 from deploykit.children import report_progress
 from deploykit.errors import BackendFailed, DeploykitError, ModelError, NotForThisGraph
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 _CALIBRATION_BATCH = 8
-_LAYERS = ("convolution", "conv1d", "conv2d", "conv_transpose2d", "linear", "addmm", "mm", "bmm", "matmul")
-_QUANTIZERS = ("quantize_per", "dequantize_per", "choose_qparams", "quantize_affine", "dequantize_affine")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def program(artifact: Artifact, request: BuildRequest) -> Program:
             exported = _export(quantized, tuple(example.values()), dynamic)
         report_progress("lowering to XNNPACK", 0.7)
         edge = _lowered(exported)
-        facts = counts(edge.exported_program()) | {"batches": list(batches)}
+        facts = executorch_count.counts(edge.exported_program()) | {"batches": list(batches)}
         if request.precision != "fp32" and facts["quantizers"] == 0:
             raise NotForThisGraph(
                 f"ExecuTorch's XNNPACK quantizer found nothing to put into {request.precision} in this model",
@@ -256,83 +253,13 @@ def _unsupported(exc: Exception) -> BackendFailed:
     return BackendFailed(what + detail, "write that part with other operators, or leave ExecuTorch out for this model")
 
 
-def counts(program: Any) -> dict[str, Json]:
-    """What runs where in a lowered ExportedProgram.
-
-    delegated, delegates: operators inside XNNPACK's parts, and how many parts there are; not_delegated: those outside, by
-    name; layers: convolutions and matrix products; layers_int8: those of them inside whose input and weight both come
-    from dequantize; layers_float: the names of the others; quantizers: quantize and dequantize operators in all.
-    """
-    inside: list[Any] = []
-    outside: list[Any] = []
-    delegates = 0
-    module = program.graph_module
-    for node in module.graph.nodes:
-        if node.op != "call_function" or _operator(node) == "getitem":
-            continue
-        if _operator(node) == "executorch_call_delegate":
-            delegates += 1
-            lowered = getattr(module, str(node.args[0].target))
-            inside += [n for n in lowered.original_module.graph.nodes if n.op == "call_function" and _operator(n) != "getitem"]
-        else:
-            outside.append(node)
-    work = [n for n in inside if not _quantizes(n)]
-    left = Counter(_operator(n) for n in outside)
-    layers = [n for n in (*inside, *outside) if _operator(n).split(".")[0] in _LAYERS]
-    integer = [n for n in layers if n in inside and _both_dequantized(n)]
-    return {
-        "delegated": len(work),
-        "delegates": delegates,
-        "not_delegated": dict(left.most_common()),
-        "layers": len(layers),
-        "layers_int8": len(integer),
-        "layers_float": [_layer_name(n) for n in layers if n not in integer],
-        "quantizers": sum(map(_quantizes, (*inside, *outside))),
-    }
-
-
-def _operator(node: Any) -> str:
-    """'convolution.default' of an edge or ATen operator, else the function's own name."""
-    target = node.target
-    name = str(target.name()) if callable(getattr(target, "name", None)) else str(getattr(target, "__name__", target))
-    return name.rpartition("::")[2]
-
-
-def _quantizes(node: Any) -> bool:
-    return _operator(node).startswith(_QUANTIZERS)
-
-
-def _both_dequantized(node: Any) -> bool:
-    """Whether the first two tensor inputs of a layer (for addmm the two after the bias) come from dequantize."""
-    operands = [a for a in node.args if hasattr(a, "op")]
-    if _operator(node).startswith("addmm"):
-        operands = operands[1:]
-    return len(operands) >= 2 and all(_dequantized(n) for n in operands[:2])
-
-
-def _dequantized(node: Any) -> bool:
-    while _operator(node).split(".")[0] in ("permute_copy", "t_copy", "view_copy", "permute", "t", "view") and node.args:
-        node = node.args[0]
-    return node.op == "call_function" and _operator(node).startswith("dequantize")
-
-
-def _layer_name(node: Any) -> str:
-    """The module's path in the user's model, where the trace kept it."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    path = re.sub(r"^(L\['self'\]|_modules|model)\.?", "", path).removeprefix("model.")
-    return path or str(node.name)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what the compiler says on the way (warnings, logs, native messages) off the terminal; its errors still come."""
-    import logging
-
+    """Leaves out the compiler's warnings and its log; its errors still come, and native output goes to the child's log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), executorch_file.native_log():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
