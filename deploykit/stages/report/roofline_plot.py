@@ -12,6 +12,7 @@ from deploykit.row import Row
 from deploykit.stages.report import cells, plots
 
 _TOP_ROOM = 1.7
+_OPEN_LINES = 12
 
 
 def ceilings(report: Report) -> Ceilings | None:
@@ -72,7 +73,7 @@ def svg(report: Report) -> str:
     ridges = [peak / memory for peak in peaks.values()]
     x, x_ticks = plots.log_axis([*(i for _, i, _ in dots), *ridges], plots.LEFT, plots.WIDTH - plots.RIGHT)
     low = min([rate for _, _, rate in dots] + [memory * min(i for _, i, _ in dots)])
-    y_ends = [low / 1e9, max(peaks.values()) * _TOP_ROOM / 1e9]
+    y_ends = [low / 1e9, max([*peaks.values(), *(rate for _, _, rate in dots)]) * _TOP_ROOM / 1e9]
     y, y_ticks = plots.log_axis(y_ends, plots.HEIGHT - plots.BOTTOM, plots.TOP)
     parts = [plots.grid(x, x_ticks, y, y_ticks, "operations a byte", "Gop/s")]
     left, right = plots.LEFT, plots.WIDTH - plots.RIGHT
@@ -109,5 +110,8 @@ def _inverse(scale: plots.Scale, at: float) -> float:
 
 
 def items(lines: Sequence[tuple[str, str]]) -> str:
-    """The words as an HTML list."""
-    return "<ul>" + "".join(f"<li><strong>{escape(a)}</strong>: {escape(b)}</li>" for a, b in lines) + "</ul>" if lines else ""
+    """The words as an HTML list, folded where it is long."""
+    if not lines:
+        return ""
+    found = "<ul>" + "".join(f"<li><strong>{escape(a)}</strong>: {escape(b)}</li>" for a, b in lines) + "</ul>"
+    return found if len(lines) <= _OPEN_LINES else f"<details><summary>Row by row</summary>{found}</details>"
