@@ -14,6 +14,7 @@ from deploykit.measurement import Measurement
 from deploykit.pipeline import engines
 from deploykit.pipeline.measuring import POOL_SIZE
 from deploykit.pipeline.request import Narrator
+from deploykit.preprocess import Preprocess
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
 from deploykit.session import OpenRequest
@@ -80,7 +81,7 @@ def measure(
             found[row_id(now)] = pair
     if pairs:
         narrator.step(f"gate: {len(pairs)} rows, the baseline's engines and these in turns")
-    inputs = _Inputs(how)
+    inputs = _Inputs(how, new)
     for number, pair in enumerate(pairs):
 
         def tell(what: str, share: float, number: int = number) -> None:
@@ -172,17 +173,19 @@ def _same(a: Artifact, b: Artifact) -> bool:
 
 
 class _Inputs:
-    """The pool of inputs of each row: the same ones for both engines."""
+    """The pool of inputs of each row: the same ones for both engines, preprocessed as the run's own where nothing else is said."""
 
-    def __init__(self, how: Again) -> None:
+    def __init__(self, how: Again, new: Report) -> None:
         self._how = how
+        kept = new.samples.get("judge", {}).get("preprocess")
+        self._own = Preprocess.from_json(kept) if kept else None
 
     def of(self, pair: Pair) -> list[Feeds]:
         """`POOL_SIZE` different inputs of the row's batch. Raises DataError for data that cannot be read."""
         batch, signature = pair.row.batch, pair.new.signature
         ranges = {k: ShapeRange(*(tuple(x) for x in v)) for k, v in dict(pair.new.options.get("shapes", {})).items()}
         spec = self._how.data or f"random:{POOL_SIZE * batch}"
-        own = preprocess.parse(self._how.preprocess) if self._how.preprocess else None
+        own = preprocess.parse(self._how.preprocess) if self._how.preprocess else self._own if self._how.data else None
         samples = data.open(spec, signature, preprocess=own, shapes=ranges)
         wanted = [i % len(samples) for i in range(batch * POOL_SIZE)]
         return [feeds for feeds, _ in samples.take(wanted, "judge").batches(batch, pad=True)]
