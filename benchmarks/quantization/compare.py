@@ -214,7 +214,10 @@ def main() -> None:
         samples = Path(scratch) / "calibrate.npy"
         np.save(samples, array_of(calibrate))
         labelled = [*RECIPES, *peers.rows(asked.model, name, judge[:1], samples, asked.modelopt)]
-        for label in [*(x for x in labelled if not words or x in words), *(["deploykit mixed"] if asked.mixed else [])]:
+        for label in [
+            *(sorted((x for x in labelled if x in words), key=words.index) if words else labelled),
+            *(["deploykit mixed"] if asked.mixed else []),
+        ]:
             made, cost = (asked.mixed, {}) if label == "deploykit mixed" else _quantized(asked, label, Path(scratch), samples)
             row: dict[str, Any] = {"name": label, **cost}
             if made is not None:

@@ -20,7 +20,7 @@ def require_known(method: str) -> None:
 def collect(path: Path, samples: Samples, method: str, resume: Path | None = None) -> CalibrationTable:
     """The table of a model over these samples. `resume`: where a pass that was killed has left its progress.
 
-    BEST: one pass makes the tables of CANDIDATES, and the one whose INT8 graph (layout 'cpu', biases as if corrected) has
+    BEST: one pass makes the tables of CANDIDATES, and the one whose INT8 graph (layout 'cpu', biases corrected on a few samples) has
     the least noise in its outputs comes back, under its own method's name; a note says what the others had. Raises what
     `calibration.collect` raises.
     """
@@ -45,7 +45,7 @@ def best(path: Path, samples: Samples, tables: dict[str, CalibrationTable]) -> C
         return replace(first, options={**first.options, **asked}, notes=(*first.notes, note))
     chosen = tables[min(noise, key=lambda name: noise[name] if math.isfinite(noise[name]) else math.inf)]
     told = ", ".join(f"{name} {_decibels(value)}" for name, value in noise.items())
-    note = f"{chosen.method} was chosen: output SQNR of plain INT8, biases as if corrected: {told}"
+    note = f"{chosen.method} was chosen: output SQNR of its INT8 graph: {told}"
     return replace(chosen, options={**chosen.options, **asked}, notes=(*chosen.notes, note))
 
 

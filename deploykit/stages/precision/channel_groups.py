@@ -140,8 +140,8 @@ def _reads(graph: FloatGraph, i: int, name: str, channels: int) -> bool:
     dims = list(graph.constants[node.input[1]].dims)
     if node.op_type == "Conv":
         groups = attribute(node, "group", 1)
-        return (groups == 1 and dims[1] == channels) or (groups == channels and dims[1] == 1)
-    return node.op_type == "Gemm" and not attribute(node, "transA", 0) and dims[attribute(node, "transB", 0)] == channels
+        return bool((groups == 1 and dims[1] == channels) or (groups == channels and dims[1] == 1))
+    return node.op_type == "Gemm" and not attribute(node, "transA", 0) and int(dims[attribute(node, "transB", 0)]) == channels
 
 
 def _makes(graph: FloatGraph, i: int, channels: int) -> bool:
