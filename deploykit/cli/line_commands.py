@@ -50,7 +50,7 @@ def run(
     from deploykit.pipeline.request import SourceRequest
 
     held = parsing.limits(max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits)
-    asked = gating.GateRequest(baseline, held, again=gating.Again(options.duration, options.data, options.preprocess))
+    asked = gating.GateRequest(baseline, held, again=gating.Again(options.duration))
     origin = SourceRequest(
         source,
         options.weights,

@@ -12,7 +12,17 @@ from pathlib import Path
 import typer
 
 from deploykit import __version__
-from deploykit.cli import commands, config, config_schema, gate_command, line_commands, look_commands, package_command, sweep_command
+from deploykit.cli import (
+    commands,
+    config,
+    config_schema,
+    gate_command,
+    line_commands,
+    look_commands,
+    options,
+    package_command,
+    sweep_command,
+)
 from deploykit.errors import EXIT_INPUT, EXIT_INTERRUPTED, DeploykitError, OutOfSpace
 
 # typer carries click inside itself since 0.2x: the class of all usage errors is reached through one it exports.
@@ -114,7 +124,7 @@ def _with_config(arguments: list[str]) -> list[str]:
 def config_keys() -> dict[str, config_schema.Key]:
     """The keys that a deploykit.yaml may hold: the options of `run`."""
     command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]  # it is a group
-    return config_schema.keys(command, line_commands.run)
+    return config_schema.keys(command, options.spread(line_commands.run))
 
 
 def _tell(exc: DeploykitError, debug: bool) -> int:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 
 def add(app: typer.Typer, name: str, function: Callable[..., int], short: str, *, bare: bool = False) -> None:
     """Adds a command to the application; `bare`: it can be called without arguments."""
-    app.command(name=name, short_help=short, no_args_is_help=not bare)(function)
+    app.command(name=name, short_help=short, no_args_is_help=not bare)(spread(function))
+
+
+def spread(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with each dataclass among its parameters replaced by that class's fields, an option each."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if is_dataclass(kind):
+            groups[name] = kind
+            types = get_type_hints(kind, include_extras=True)
+            parameters += [
+                inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+                for f in fields(kind)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY))
+
+    def called(**values: Any) -> int:
+        made = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        return command(**made, **values)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]  # what typer reads
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called
 
 
 Batch = Annotated[str, typer.Option("--batch", help="Batch sizes, separated by commas.")]
