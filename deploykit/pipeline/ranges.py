@@ -51,7 +51,7 @@ def best(path: Path, samples: Samples, tables: dict[str, CalibrationTable]) -> C
 
 def made_by(table: CalibrationTable, method: str) -> bool:
     """Whether a table is what `method` stands for."""
-    return table.options.get("asked", table.method) == method
+    return bool(table.options.get("asked", table.method) == method)
 
 
 def _decibels(noise: float) -> str:
