@@ -12,7 +12,7 @@ from typing import Any
 
 from deploykit import backends, children
 from deploykit.artifact import Artifact
-from deploykit.calibration_table import CalibrationTable
+from deploykit.calibration_table import IMPORTED, CalibrationTable
 from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend
 from deploykit.observation import INTEGER
 from deploykit.pipeline import int8, limited, prepare
@@ -30,9 +30,11 @@ from deploykit.verdict import Finding
 @dataclass(frozen=True)
 class Extras:
     """What else a build may be asked for. allow: build what the backend would not vouch for; explain: where to write the
-    smallest part of the graph that still fails, when the build does; limits: of the child that builds."""
+    smallest part of the graph that still fails, when the build does; limits: of the child that builds; notes: what the engine's
+    manifest should say of its graph."""
 
     allow: bool = False
+    notes: tuple[str, ...] = ()
     explain: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -44,6 +46,7 @@ class Graphs:
     def __init__(self, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange], out: Path) -> None:
         self._request, self._narrator, self._shapes = request, narrator, shapes
         self._made: dict[str, Artifact] = {}
+        self._imported: dict[str, tuple[str, ...]] = {}
         self._resources = ExitStack()
         try:
             if path.is_dir():
@@ -71,6 +74,10 @@ class Graphs:
             self._made[kind] = self._make(kind)
         return self._made[kind]
 
+    def notes(self, kind: str) -> tuple[str, ...]:
+        """What there is to say of the ranges of the graph of that kind, where another tool found them."""
+        return self._imported.get(kind, ())
+
     def lint(self, kind: str, backend_name: str) -> tuple[Finding, ...]:
         """What the backend's rules say of the graph of that kind, where it is to run in integers: before its parser sees it.
         Raises ChecksFailed for what the parser would refuse."""
@@ -96,6 +103,7 @@ class Graphs:
         table, recipe = None, Int8Recipe()
         if kind in ("int8-cpu", "int8-tensorrt"):
             table, recipe = table_and_recipe(self.model, given.path, self._request, self._narrator, self._shapes, self._run)
+            self._imported[kind] = table.notes if table.method == IMPORTED else ()
         self._narrator.step(f"write the {kind} graph")
         place = self.folder / kind
         place.mkdir()
@@ -119,7 +127,8 @@ def build_file(
     """One engine of an .onnx file in the folder `out`, with its manifest."""
     kind = require_buildable(backend_name, wanted)
     with Graphs(path, request, narrator, wanted.shapes, out) as graphs:
-        return build_engine(graphs.of(kind), path, backend_name, wanted, out, graphs.folder, narrator)
+        graph = graphs.of(kind)
+        return build_engine(graph, path, backend_name, wanted, out, graphs.folder, narrator, Extras(notes=graphs.notes(kind)))
 
 
 def require_buildable(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:
@@ -173,6 +182,7 @@ def build_engine(
         "batches": list(wanted.batches),
         "model": path.stem,
     }
+    notes = [*extras.notes, *made.facts.get("notes", [])]
     made = replace(
         made,
         stage="engine",
@@ -181,7 +191,7 @@ def build_engine(
         parent=graph.sha256,
         options={**made.options, **options},
         versions={**made.versions, **backends.get(backend_name).versions()},
-        facts={"build_s": time.perf_counter() - start, **made.facts},
+        facts={"build_s": time.perf_counter() - start, **made.facts, **({"notes": notes} if notes else {})},
     )
     folder = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
     return deliver_engine(made, out / folder)

@@ -89,8 +89,9 @@ def build(
             part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
             for finding in graphs.lint(kind, name):
                 tell(f"{finding.code}: {finding.message}; {finding.remedy}")
-            extras = building.Extras(allow, part, request.limits)
-            engine = building.build_engine(graphs.of(kind), request.model, name, wanted, out, graphs.folder, narrator, extras)
+            graph = graphs.of(kind)
+            extras = building.Extras(allow, graphs.notes(kind), part, request.limits)
+            engine = building.build_engine(graph, request.model, name, wanted, out, graphs.folder, narrator, extras)
             engines.append(engine)
             fell_back = engine.facts.get("fell_back")
             if fell_back and not request.allow_fallback:

@@ -11,7 +11,7 @@ import tiny_models
 import trt_graphs
 from typer.testing import CliRunner
 
-from deploykit import backends
+from deploykit import backends, graph, trt_cache
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, ChecksFailed, ChildDied, InputError
 from deploykit.pipeline import limited, trt
 from deploykit.pipeline.limited import Limits
@@ -67,6 +67,19 @@ def test_a_graph_quantized_by_others_is_linted_before_the_parser(tmp_path: Path)
     made = trt.build(request, DataRequest(), tmp_path / "out", Silent(), told.append)
     assert made.exit_code == EXIT_FAILED  # the convolution runs in float
     assert any(line.startswith("DK") and "axis" in line for line in told), told
+
+
+@RTX
+def test_a_foreign_cache_serves_and_the_manifest_says_what_did_not_match(tmp_path: Path) -> None:
+    path = tiny_models.conv_net(tmp_path / "m.onnx")
+    cache = tmp_path / "foreign.cache"
+    names = {node.input[0] for node in graph.load(path).graph.node if node.op_type in ("Conv", "Gemm")}
+    cache.write_text(trt_cache.text_of(dict.fromkeys([*names, "stranger"], 3.0), version="8.6.1"))
+    request = trt.TrtRequest(path, ("int8",), ("sm89",), (1,), "rtx", False, {})
+    made = trt.build(request, DataRequest(calib_table=cache), tmp_path / "out", Silent())
+    notes = made.engines[0].facts["notes"]
+    assert any("calibrated elsewhere, by TensorRT's cache foreign.cache (TRT-8601-" in note for note in notes)
+    assert any("not in the graph: stranger" in note for note in notes)
 
 
 @RTX
