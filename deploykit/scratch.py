@@ -39,10 +39,11 @@ def folder_in(parent: Path) -> Iterator[Path]:
 def _made(parent: Path) -> tuple[Path, int]:
     for _ in range(_TRIES):
         path = Path(tempfile.mkdtemp(dir=parent, prefix=PREFIX))
-        handle = os.open(path, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: it is then never swept either
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(handle, path):  # else another process swept it before it was locked
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # swept before it was locked
+        if _may_lock(handle) and _is_at(handle, path):  # else another process is sweeping it, or has
             return path, handle
         os.close(handle)
     raise OSError(errno.EBUSY, "a scratch folder was removed again and again", str(parent))
@@ -82,19 +83,24 @@ def _held(folder: Path) -> int:
     for _ in range(_TRIES):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(handle)
-                raise InputError(
-                    f"another deploykit is writing into {folder}", "wait until it has ended, or choose another folder with -o"
-                ) from exc
-            return handle  # a file system without locks
+        if not _may_lock(handle):
+            os.close(handle)
+            raise InputError(
+                f"another deploykit is writing into {folder}", "wait until it has ended, or choose another folder with -o"
+            )
         if _is_at(handle, folder):  # else its last holder has just removed it, empty
             return handle
         os.close(handle)
     raise OSError(errno.EBUSY, "the folder was removed again and again", str(folder))
+
+
+def _may_lock(handle: int) -> bool:
+    """Locks the open folder; False where another holds it. True too on a file system without locks, where none is ever swept."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        return exc.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,23 @@ def test_sweeping_leaves_a_living_process_its_folder_and_takes_a_killed_ones(tmp
     process.stdout.close()
     assert left.is_dir()
     scratch.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_making_survives_those_who_sweep(tmp_path: Path) -> None:
+    def work(number: int) -> int:
+        lost = 0
+        for _ in range(60):
+            if number % 2:
+                scratch.sweep(tmp_path)
+            else:
+                with scratch.folder_in(tmp_path) as folder:
+                    time.sleep(0.001)
+                    lost += not folder.is_dir()
+        return lost
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 0
     assert not list(tmp_path.iterdir())
 
 
