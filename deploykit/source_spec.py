@@ -17,7 +17,7 @@ from deploykit.artifact import sha256_of
 from deploykit.errors import InputError, ModelError
 from deploykit.signature import Dim, TensorSpec
 
-Kind = Literal["torchvision", "timm", "factory", "onnx", "pt2"]
+Kind = Literal["torchvision", "timm", "factory", "onnx", "pt2", "keras"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BATCH = "batch"
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -26,17 +26,19 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "timm": ("torch", "timm"),
     "factory": ("torch",),
     "pt2": ("torch",),
+    "keras": ("torch", "keras"),
     "onnx": (),
 }
-_SOURCES = "a torchvision name (resnet18), timm:NAME, path/to/file.py:factory, an .onnx file or a .pt2 file"
+_SOURCES = "a torchvision name (resnet18), timm:NAME, path/to/file.py:factory, an .onnx, .pt2 or .keras file"
+_FILES: dict[str, Kind] = {".onnx": "onnx", ".pt2": "pt2", ".keras": "keras"}
 
 
 @dataclass(frozen=True)
 class SourceSpec:
     """One model to deploy.
 
-    text: the SOURCE, with a file's path made absolute; weights: 'none' (seeded initialisation; for a factory, .onnx or
-    .pt2: what it holds itself), 'default' (the library's own, downloaded) or the absolute path of a checkpoint;
+    text: the SOURCE, with a file's path made absolute; weights: 'none' (seeded initialisation; for a factory, .onnx,
+    .pt2 or .keras: what it holds itself), 'default' (the library's own, downloaded) or the absolute path of a checkpoint;
     inputs: empty = the kind's default; name: a short name, fit for a folder.
     """
 
@@ -50,7 +52,7 @@ class SourceSpec:
     @property
     def reference(self) -> str:
         """The model's name in its library or the factory's name in its file; '' for a file that is the model."""
-        if self.kind in ("onnx", "pt2"):
+        if self.kind in _FILES.values():
             return ""
         return self.text.rpartition(":")[2]
 
@@ -59,7 +61,7 @@ class SourceSpec:
         """The file that SOURCE names, or None for a library's model."""
         if self.kind == "factory":
             return Path(self.text.rpartition(":")[0])
-        return Path(self.text) if self.kind in ("onnx", "pt2") else None
+        return Path(self.text) if self.kind in _FILES.values() else None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -138,9 +140,10 @@ def parse(
     twice = {s.name for s in specs if sum(other.name == s.name for other in specs) > 1}
     if twice:
         raise InputError(f"--input names '{min(twice)}' twice", "give each input once")
-    if kind in ("onnx", "pt2"):
+    if kind in _FILES.values():
         given = [("--num-classes", num_classes is not None), ("--input", bool(specs))]
-        given.append(("--weights PATH", weights not in (None, "none", "default")))
+        if kind != "keras":  # its layers are PyTorch's once loaded, and take what finetune writes
+            given.append(("--weights PATH", weights not in (None, "none", "default")))
         for option, used in given:
             if used:
                 raise InputError(f"{option} cannot change {full}: the file holds its graph and weights", "leave it out")
@@ -181,10 +184,14 @@ def _recognise(text: str) -> tuple[Kind, str, str]:
             raise ModelError(f"there is no file {path}", "check the path")
         name = path.stem if factory[2] in ("make", "model", "factory", "create") else f"{path.stem}-{factory[2]}"
         return "factory", f"{path.resolve()}:{factory[2]}", _slug(name)
-    if suffix in (".onnx", ".pt2"):
+    if suffix in _FILES:
         if not path.is_file():
             raise ModelError(f"there is no file {path}", "check the path")
-        return ("onnx" if suffix == ".onnx" else "pt2"), str(path.resolve()), _slug(path.stem)
+        return _FILES[suffix], str(path.resolve()), _slug(path.stem)
+    if suffix in (".h5", ".hdf5"):
+        raise InputError(
+            f"{path.name}: HDF5 files of Keras are not read", "load it once in Keras and save it with model.save('m.keras')"
+        )
     if suffix == ".py" or ".py:" in text:
         raise InputError(f"'{text}' does not name a factory", f"write it as {path.name.split(':')[0]}:FUNCTION")
     if suffix in CHECKPOINT_SUFFIXES:

@@ -80,7 +80,7 @@ def load(spec: SourceSpec, *, fresh_head: bool = False) -> Source:
     Raises ModelError for a model that cannot be made or run (its own exception and line named), UnknownName for a name,
     InputError when weights would have to be downloaded and there is no network.
     """
-    from deploykit.stages import source_files, source_library
+    from deploykit.stages import source_files, source_keras, source_library
 
     report_progress(f"loading {spec.name}", 0.0)
     if spec.kind == "onnx":
@@ -92,6 +92,8 @@ def load(spec: SourceSpec, *, fresh_head: bool = False) -> Source:
         parts = source_library.timm_model(spec, fresh_head=fresh_head)
     elif spec.kind == "pt2":
         parts = source_files.exported_program(spec)
+    elif spec.kind == "keras":
+        parts = source_keras.keras_file(spec, fresh_head=fresh_head)
     else:
         parts = source_files.factory_model(spec, fresh_head=fresh_head)
     return _probe(parts, spec)
@@ -103,7 +105,7 @@ def _require_torch(spec: SourceSpec) -> None:
 
     for package in spec.versions():
         if not has_module(package):
-            extra = "timm" if package == "timm" else "torch"
+            extra = package if package in ("timm", "keras") else "torch"
             raise MissingBackend(f"{package} is not installed, and {spec.text} needs it", f"pip install 'deploykit[{extra}]'")
 
 

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from deploykit.preprocess import Preprocess
 from deploykit.preprocess import parse as parse_preprocess
 from deploykit.signature import Dim, TensorSpec
 from deploykit.source_spec import BATCH, SourceSpec, parse_input
+from deploykit.stages import source_keras
 from deploykit.stages.source import DEFAULT_IMAGE, Parts, Tensors, require_input, where
 from deploykit.stages.source_library import apply_checkpoint, parameters_of, seeded
 
@@ -40,6 +42,7 @@ def factory_model(spec: SourceSpec, *, fresh_head: bool) -> Parts:
 
     file = spec.file
     assert file is not None
+    source_keras.use_torch()
     before = set(sys.modules)
     with _importable_from(file.parent):
         holder = _execute(file)
@@ -55,8 +58,12 @@ def factory_model(spec: SourceSpec, *, fresh_head: bool) -> Parts:
             raise ModelError(
                 f"{file.name}:{spec.reference}() failed: {where(exc)}", "it is called without arguments here"
             ) from exc
+    if source_keras.is_model(module):
+        return _keras_parts(spec, module, holder, before, file, fresh_head=fresh_head)
     if not isinstance(module, torch.nn.Module):
-        raise ModelError(f"{file.name}:{spec.reference}() returned a {type(module).__name__}", "return a torch.nn.Module")
+        raise ModelError(
+            f"{file.name}:{spec.reference}() returned a {type(module).__name__}", "return a torch.nn.Module or a Keras model"
+        )
     notes = apply_checkpoint(spec, module, fresh_head=fresh_head)
 
     def said(name: str) -> Any:
@@ -77,6 +84,19 @@ def factory_model(spec: SourceSpec, *, fresh_head: bool) -> Parts:
         output_names=tuple(said("OUTPUTS") or ()),
         notes=notes,
         guessed_input=not inputs,
+    )
+
+
+def _keras_parts(spec: SourceSpec, model: Any, holder: ModuleType, before: set[str], file: Path, *, fresh_head: bool) -> Parts:
+    """What a factory that returns a Keras model yields; PREPROCESS, CLASSES and OUTPUTS of its file hold as for any other."""
+    parts = source_keras.of_model(spec, model, fresh_head=fresh_head)
+    said = {name: getattr(holder, name, None) for name in ("PREPROCESS", "CLASSES", "OUTPUTS")}
+    return replace(
+        parts,
+        preprocess=parse_preprocess(said["PREPROCESS"]) if said["PREPROCESS"] else None,
+        classes=tuple(str(c) for c in said["CLASSES"]) if said["CLASSES"] else None,
+        output_names=tuple(said["OUTPUTS"]) if said["OUTPUTS"] else parts.output_names,
+        local_files=_local_files(holder, before, file),
     )
 
 

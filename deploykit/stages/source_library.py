@@ -26,9 +26,15 @@ _FRESH = "the last layer ({}) was left at its seeded initialisation: train it be
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Inside, torch's generator starts at SEED, so that an initialisation is the same in every process."""
+    """Inside, torch's generator starts at SEED (and Python's and numpy's, which Keras's initialisers draw their seeds from), so
+    that an initialisation is the same in every process."""
+    import random
+
+    import numpy as np
     import torch
 
+    random.seed(SEED)
+    np.random.seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         yield
