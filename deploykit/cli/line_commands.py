@@ -65,7 +65,11 @@ def run(
         result = line.run(replace(request, explain=True), bar)
         report, verdict = gating.judge(result, asked, bar)
         delivery.deliver(report, result, out, bar)
-    show_report(report, json_file, [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"])
+    lines = [f"the report: {out / 'report.html'} (also .md, .csv, .json); engines in {out / 'engines'}"]
+    if result.reused:
+        lines.insert(0, f"reused, nothing they are made of changed: {', '.join(dict.fromkeys(result.reused))}")
+        lines.insert(1, f"made now: {', '.join(dict.fromkeys(result.made)) or 'nothing'}")
+    show_report(report, json_file, lines)
     return verdict.exit_code if verdict is not None and verdict.exit_code else result.exit_code
 
 
