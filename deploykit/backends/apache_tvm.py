@@ -6,10 +6,7 @@ A library takes any batch the graph takes. `BuildRequest.options`: 'tune' (secon
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import struct
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,19 @@ from deploykit import children
 from deploykit.artifact import Artifact
 from deploykit.backends import apache_tvm_arm as arm
 from deploykit.backends import apache_tvm_compile as compiling
+from deploykit.backends import apache_tvm_session as sessions
 from deploykit.backends import apache_tvm_tuning as tuning
 from deploykit.backends import installed, opened
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.session import BuildRequest, Missing, OpenRequest, Session
-from deploykit.signature import Feeds, Outputs, Signature
+from deploykit.signature import Signature
 
 NAME = "tvm"
 _PROOF_TOLERANCE = 1e-4  # of the largest output: FP32 sums in another order
+_FP32_ONLY = "deploykit compiles TVM libraries from the FP32 graph only"
 _REFUSED = {
-    "fp16": "no x86 CPU below Sapphire Rapids computes in FP16, and TVM would compute it in FP32 with conversions",
-    "bf16": "TVM 0.26 emits no BF16 dot products for x86 from a graph of ours",
-    "int8": "TVM 0.26's ONNX front end turns Q/DQ pairs into float arithmetic",
-    "int8-dynamic": "TVM 0.26 has no dynamic quantization",
-    "mixed": "TVM 0.26's ONNX front end turns Q/DQ pairs into float arithmetic",
+    "fp16": f"{_FP32_ONLY}; FP16 is computed faster than FP32 only by CPUs with AVX-512 FP16",
+    "int8": f"{_FP32_ONLY}; TVM 0.26 has no pass that turns Q/DQ pairs around a convolution into an integer one",
 }
 
 
@@ -62,7 +58,7 @@ class Tvm:
     def unsupported(self, precision: str, target: str) -> Missing | None:
         """Every precision but fp32, with the reason; a target whose cross compiler is not here."""
         if precision != "fp32":
-            why = _REFUSED.get(precision, f"TVM has no {precision} path")
+            why = _REFUSED.get(precision, _FP32_ONLY)
             return Missing(why, "use fp32 here, or --backend onnxruntime or openvino")
         if target == compiling.ARM:
             return compiling.no_linker(target)
@@ -112,11 +108,13 @@ class Tvm:
         )
 
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
-        """A session on a library. The number of threads is the process's: the session opened last sets it.
+        """A session on a library, in this process, or over RPC where `request.options` has 'rpc' (HOST:PORT).
 
         Raises InputError for a batch it was not built for, MissingBackend for another CPU's library, BackendFailed.
         """
         opened.require_batch(engine.signature, request)
+        if request.options.get("rpc"):
+            return sessions.open_there(engine, request, str(request.options["rpc"]))
         if engine.device not in ("", "cpu"):
             raise MissingBackend(
                 f"{engine.path.name} was compiled for {engine.device}; this machine cannot run it",
@@ -125,9 +123,7 @@ class Tvm:
         absent = installed.missing("tvm", self.extra) or compiling.same_cpu(engine.facts)
         if absent is not None:
             raise MissingBackend(f"{engine.path.name}: {absent.why}", absent.remedy)
-        path, notes = _library_for(engine, request.batch)
-        threads = _use_threads(request.threads)
-        return TvmSession(_machine_of(path), engine.signature, request, threads, notes)
+        return sessions.open_here(engine, request)
 
 
 def _libraries(
@@ -201,11 +197,11 @@ def _proven(made: Artifact, request: BuildRequest, fp32: Artifact, folder: Path)
         files, facts = _libraries(fp32, BuildRequest("fp32", "cpu", (batch,), request.shapes), compiling.here(), 1, scratch)
         here = Artifact(scratch / files[0], NAME, "fp32", made.signature, "proof", facts={**facts, "cpu": ""})
         feeds = _random_feeds(made.signature, batch, request)
-        session = BACKEND.open(here, OpenRequest("fp32", batch, 1, request.shapes))
+        session = sessions.open_here(here, OpenRequest("fp32", batch, 1, request.shapes))
         wanted = session.infer(feeds)
         session.close()
         children.report_progress("run under qemu", 0.8)
-        library, _ = _library_for(made, batch)
+        library, _ = sessions.library_for(made, batch)
         found = arm.outputs(library, made.signature, feeds, {k: v.shape for k, v in wanted.items()}, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -237,105 +233,6 @@ def _distance(found: Any, wanted: Any) -> float:
         return 0.0
     gap = float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max())
     return gap / max(float(np.abs(wanted).max()), 1e-30)
-
-
-def _library_for(engine: Artifact, batch: int) -> tuple[Path, tuple[str, ...]]:
-    """The library that runs a batch, and notes on it. Raises InputError where none was built for it."""
-    exact = f"model-b{batch}.so"
-    built = engine.facts.get("batches")
-    if built and batch not in built:
-        raise InputError(
-            f"{engine.path.name} was built for batch {', '.join(map(str, built))}, not for {batch}",
-            f"build it again with --batch {batch}",
-        )
-    if exact == engine.path.name or exact in engine.companions:
-        return engine.path.with_name(exact), ("schedules found by tuning",) if engine.facts.get("tuning") else ()
-    if engine.facts.get("tuning"):
-        return engine.path, (f"not tuned at batch {batch}: default schedules",)
-    return engine.path, ("not tuned: default schedules",)
-
-
-def _use_threads(threads: int) -> int:
-    """Sets how many threads TVM's pool uses in this process; returns what it says it uses.
-
-    Left alone, the pool has one thread a physical core, half of what /proc/cpuinfo lists whether or not these are SMT
-    siblings (`MaxConcurrency`), fixed when it is first used; and each is pinned to a core of its own.
-    """
-    allowed = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("TVM_NUM_THREADS", str(len(allowed)))
-    import tvm
-
-    share_all = -3  # kSpecifyThreadShareAllCore: no thread is pinned to one core
-    tvm.get_global_func("runtime.config_threadpool")(share_all, threads, [str(cpu) for cpu in allowed])
-    return int(tvm.get_global_func("runtime.NumThreads")())
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file is a 64-bit ELF file down to its section table, which stands at its end: the dynamic loader reads a
-    truncated one through a memory map, and dies."""
-    with path.open("rb") as stream:
-        head = stream.read(64)
-    if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-        return False
-    offset = int(struct.unpack_from("<Q", head, 40)[0])
-    size, count = struct.unpack_from("<HH", head, 58)
-    return offset > 0 and offset + size * count <= path.stat().st_size
-
-
-def _machine_of(path: Path) -> Any:
-    """TVM's virtual machine on a library. Raises BackendFailed for a file that is none, or another TVM's."""
-    import tvm
-    from tvm import relax
-
-    if not _is_whole(path):
-        raise BackendFailed(f"{path.name} is not a whole shared library", "build the engine again")
-    try:
-        return relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
-    except (RuntimeError, ValueError, AttributeError, OSError) as exc:
-        raise BackendFailed(f"TVM cannot load {path.name}: {compiling.why(exc)}", "build the engine again") from exc
-
-
-class TvmSession:
-    """A loaded library and its virtual machine."""
-
-    def __init__(self, machine: Any, signature: Signature, request: OpenRequest, threads: int, notes: tuple[str, ...]) -> None:
-        self._machine: Any | None = machine
-        self._request = request
-        self.signature = signature
-        self.precision = "fp32"
-        self.device = "cpu"
-        self.threads = threads
-        self.notes = notes
-
-    def infer(self, feeds: Feeds) -> Outputs:
-        """Outputs by name, copied out of the engine. Raises InputError for feeds that do not fit, BackendFailed."""
-        values = self._run(self._tensors(feeds))
-        return {spec.name: np.array(v.numpy()) for spec, v in zip(self.signature.outputs, values, strict=True)}
-
-    def bind(self, feeds: Feeds) -> Callable[[], object]:
-        """One run on inputs that lie in TVM's memory; its outputs lie in the host's when it returns."""
-        tensors = self._tensors(feeds)
-        return lambda: self._run(tensors)
-
-    def close(self) -> None:
-        """Frees the engine; a second time does nothing."""
-        self._machine = None
-
-    def _tensors(self, feeds: Feeds) -> list[Any]:
-        import tvm
-
-        if self._machine is None:
-            raise BackendFailed("this TVM session is closed", "open the engine again")
-        return [tvm.runtime.tensor(a) for a in opened.ready(self.signature, self._request, feeds).values()]
-
-    def _run(self, tensors: list[Any]) -> list[Any]:
-        if self._machine is None:
-            raise BackendFailed("this TVM session is closed", "open the engine again")
-        try:
-            found = self._machine["main"](*tensors)
-        except (RuntimeError, ValueError, TypeError) as exc:
-            raise BackendFailed(f"TVM failed while running: {compiling.why(exc)}", "check the inputs' values and shapes") from exc
-        return [found] if len(self.signature.outputs) == 1 and not hasattr(found, "__len__") else list(found)
 
 
 BACKEND = Tvm()
