@@ -54,7 +54,8 @@ def test_kinds_and_default_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "said"),
     [
-        ("net.h5", InputError, "unknown suffix"),
+        ("net.weights9", InputError, "unknown suffix"),
+        ("net.h5", InputError, "HDF5"),
         ("gone.onnx", ModelError, "no file"),
         ("gone.py:make", ModelError, "no file"),
         ("net.py", InputError, "factory"),
