@@ -99,7 +99,8 @@ def graph(model: Any) -> tuple[Callable[..., Any], torch.nn.ModuleDict, tuple[st
             step = _kept(operation)
         steps[id(operation)] = step
         if step.module is not None:
-            modules[f"{position}_" + "".join(c if c.isalnum() else "_" for c in operation.name)] = step.module
+            # not the layer's name: the number in conv2d_50 counts all that this process has made
+            modules[f"{position}_{type(operation).__name__}"] = step.module
 
     def call(step: Step, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("training", None)  # the module's own mode says it
