@@ -37,7 +37,18 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         run = [COMMAND, "run", "resnet18", "--weights", "none", "--num-classes", "10", "--input", "x:float32:batchx3x32x32"]
-        run += ["--data", "digits", "--batch", "1", "--duration", "smoke", "-o", f"{scratch}/out", "--store", f"{scratch}/engines"]
+        run += [
+            "--data",
+            "digits",
+            "--batch",
+            "1",
+            "--duration",
+            "smoke",
+            "-o",
+            f"{scratch}/out",
+            "--store",
+            f"{scratch}/engines",
+        ]
         _median_s(run, 1)
         figures["deploykit run, nothing changed"] = _median_s(run, 5)
     for name, seconds in figures.items():

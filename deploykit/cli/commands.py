@@ -193,7 +193,9 @@ def build_trt(
     time_limit: Annotated[float, typer.Option("--time-limit", help="Stop a build after this many seconds.")] = 1800.0,
     memory_limit: Annotated[
         float | None,
-        typer.Option("--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."),
+        typer.Option(
+            "--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")

@@ -174,9 +174,7 @@ def limits(
     return gate.LimitSet(default, config.rules(file) if file is not None else ())
 
 
-def int8(
-    bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str, equalize: bool = False
-) -> Int8Request:
+def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str, equalize: bool = False) -> Int8Request:
     """The switches of INT8. Raises UnknownName for a name that is no choice."""
     from deploykit.errors import UnknownName
     from deploykit.pipeline.request import Int8Request

@@ -175,7 +175,8 @@ def _bootstrap(values: Floats, level: float) -> tuple[float, float]:
 def _resamples(count: int, draws: int = 2000) -> Floats:
     """Of each resample of `count` launches, the share of each launch in its mean [draws, count]."""
     chosen = np.random.default_rng(0).integers(0, count, (draws, count))
-    return (chosen[:, :, None] == np.arange(count)).mean(axis=1)
+    shares: Floats = (chosen[:, :, None] == np.arange(count)).mean(axis=1)
+    return shares
 
 
 @functools.cache
