@@ -122,8 +122,8 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return result
 
 
-def right(backend: str, engine: Artifact, precision: str, samples: Samples, batch: int = 50) -> NDArray[np.bool_]:
-    """Which samples the engine gets right, in order."""
+def right(backend: str, engine: Artifact, precision: str, samples: Samples, batch: int = 8) -> NDArray[np.bool_]:
+    """Which samples the engine gets right, in order; at a batch that `BuildRequest` makes engines for by default."""
     wanted = samples.label_array()
     assert wanted is not None, "the data has no labels"
     found: list[NDArray[np.int64]] = []
