@@ -257,6 +257,16 @@ def build(
         str | None,
         typer.Option(help="tvm: search for faster schedules for so long (90s, 10m, 1h); goes on where a search stopped."),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option("--time-limit", help="Stop the build after this many seconds; default: 1800, and the time of --tune."),
+    ] = None,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."
+        ),
+    ] = None,
 ) -> int:
     """One backend's engine, with its manifest.
 
@@ -265,6 +275,7 @@ def build(
     from deploykit import backends
     from deploykit.errors import InputError, UnknownName
     from deploykit.pipeline import building, single
+    from deploykit.pipeline.limited import Limits
     from deploykit.pipeline.request import DataRequest
     from deploykit.session import PRECISIONS, BuildRequest
 
@@ -278,10 +289,11 @@ def build(
         raise InputError(f"--tune is for --backend tvm; {backend} has no search", "leave --tune out")
     options = {} if tune is None else {"tune": parsing.seconds(tune, "--tune")}
     wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes), options)
+    seconds = 1800.0 + options.get("tune", 0.0) if time_limit is None else time_limit
+    limits = Limits(seconds, None if memory_limit is None else int(memory_limit * 2**30))
     with Bar() as bar:
-        made = building.build_file(
-            model, backend, wanted, out, DataRequest(data, None, preprocess, None, None, n, method, calib), bar
-        )
+        request = DataRequest(data, None, preprocess, None, None, n, method, calib)
+        made = building.build_file(model, backend, wanted, out, request, bar, limits)
     _engine_line(made)
     for line in single.fact_lines(made):
         say(line)

@@ -114,10 +114,18 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
 def _with_config(arguments: list[str]) -> list[str]:
     """`run deploykit.yaml ...` as the command line it stands for; what is typed after it stands over the file."""
-    at = next((i for i, text in enumerate(arguments) if i > 0 and config.is_config(text)), None)
-    if not arguments or arguments[0] != "run" or at is None or arguments[at - 1].startswith("-"):
+    if not arguments or arguments[0] != "run" or not any(config.is_config(text) for text in arguments):
         return arguments
     known = config_keys()
+    flags = {f"--{name}" for name, key in known.items() if key.kind == "flag"} | {key.off for key in known.values() if key.off}
+
+    def stands_alone(at: int) -> bool:
+        before = arguments[at - 1]
+        return not before.startswith("-") or before in flags or "=" in before
+
+    at = next((i for i, text in enumerate(arguments) if i > 0 and config.is_config(text) and stands_alone(i)), None)
+    if at is None:
+        return arguments
     return ["run", *config.arguments(Path(arguments[at]), known), *arguments[1:at], *arguments[at + 1 :]]
 
 

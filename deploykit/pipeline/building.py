@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,13 +30,14 @@ from deploykit.verdict import Finding
 @dataclass(frozen=True)
 class Extras:
     """What else a build may be asked for. allow: build what the backend would not vouch for; explain: where to write the
-    smallest part of the graph that still fails, when the build does; limits: of the child that builds; notes: what the engine's
+    smallest part of the graph that still fails, when the build does; limits: of the child that builds,
+    None for half an hour beside the search that was asked for; notes: what the engine's
     manifest should say of its graph."""
 
     allow: bool = False
     notes: tuple[str, ...] = ()
     explain: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits | None = None
 
 
 class Graphs:
@@ -122,13 +123,20 @@ class Graphs:
 
 
 def build_file(
-    path: Path, backend_name: str, wanted: BuildRequest, out: Path, request: DataRequest, narrator: Narrator
+    path: Path,
+    backend_name: str,
+    wanted: BuildRequest,
+    out: Path,
+    request: DataRequest,
+    narrator: Narrator,
+    limits: Limits | None = None,
 ) -> Artifact:
-    """One engine of an .onnx file in the folder `out`, with its manifest."""
+    """One engine of an .onnx file in the folder `out`, with its manifest; `limits` of the child that builds."""
     kind = require_buildable(backend_name, wanted)
     with Graphs(path, request, narrator, wanted.shapes, out) as graphs:
         graph = graphs.of(kind)
-        return build_engine(graph, path, backend_name, wanted, out, graphs.folder, narrator, Extras(notes=graphs.notes(kind)))
+        extras = Extras(notes=graphs.notes(kind), limits=limits)
+        return build_engine(graph, path, backend_name, wanted, out, graphs.folder, narrator, extras)
 
 
 def require_buildable(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:

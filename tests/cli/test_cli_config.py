@@ -146,3 +146,19 @@ def test_run_reads_the_file_and_names_the_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "deploykit.yaml, line 3: unknown key 'duratoin'" in done.stderr
     assert "did you mean 'duration'?" in done.stderr
+
+
+@pytest.mark.parametrize("before", [["--aa"], ["--limits", "limits.yaml"], ["--duration=smoke"], []])
+def test_the_pipeline_file_is_found_behind_other_options(before: list[str], tmp_path: Path) -> None:
+    from deploykit.cli import main
+
+    file = written(tmp_path, "source: m.onnx\nout: out\n")
+    found = main._with_config(["run", *before, str(file)])
+    assert found == ["run", "m.onnx", "--out", "out", *before]
+
+
+def test_an_option_s_own_yaml_is_no_pipeline_file() -> None:
+    from deploykit.cli import main
+
+    given = ["run", "m.onnx", "--limits", "limits.yaml"]
+    assert main._with_config(given) == given
