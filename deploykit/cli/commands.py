@@ -83,7 +83,7 @@ def check(
         say(single.summary_line(model, found))
         if found.findings:
             rows = [[f.code, f.severity, f.target, f.node, f"{f.message} -> {f.remedy}"] for f in found.findings]
-            show_rows("", ["code", "severity", "target", "node", "what was found -> what to do"], rows, wrap=4)
+            show_rows("", ["code", "severity", "target", "node", "what was found -> what to do"], rows, wrap=(4,))
         else:
             say("no findings")
     return EXIT_FAILED if any(f.severity == "error" for f in found.findings) else EXIT_PASSED

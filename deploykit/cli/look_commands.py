@@ -37,7 +37,7 @@ def doctor(json_file: o.JsonFile = None) -> int:
     if json_file != "-":
         for line in found.machine_lines:
             say(line)
-        show_rows("", ["backend", "version", "precisions", "here"], found.backend_rows, wrap=3)
+        show_rows("", ["backend", "version", "precisions", "here"], found.backend_rows, wrap=(1, 3))
         for warning in found.warnings:
             say(f"warning: {warning}")
     return EXIT_FAILED if found.warnings else EXIT_PASSED
@@ -89,7 +89,7 @@ def compare(
         for line in found.lines():
             say(line)
         if per_layer:
-            show_rows("", ["layer", "operator", "sqnr_db", "own_db", "why"], found.layer_rows(), wrap=4)
+            show_rows("", ["layer", "operator", "sqnr_db", "own_db", "why"], found.layer_rows(), wrap=(4,))
             for line in found.layer_lines():
                 say(line)
     return EXIT_PASSED
@@ -132,10 +132,10 @@ def explain(
         say(found.verdict)
         p = found.profile
         say(f"{p.backend}, batch {p.batch}, {p.threads} threads: {p.seconds * 1e3:.2f} ms in kernels, median of {p.runs} runs")
-        show_rows("", ["where the time goes", "kernels", "ms", "share"], bottlenecks.kind_rows(found), wrap=0)
-        show_rows("", ["share", "what was found -> what to do"], bottlenecks.finding_rows(found), wrap=1)
+        show_rows("", ["where the time goes", "kernels", "ms", "share"], bottlenecks.kind_rows(found), wrap=(0,))
+        show_rows("", ["share", "what was found -> what to do"], bottlenecks.finding_rows(found), wrap=(1,))
         heads = ["slowest kernels", "operator", "computes in", "ms", "share", "implementation"]
-        show_rows("", heads, bottlenecks.kernel_rows(found, top), wrap=0)
+        show_rows("", heads, bottlenecks.kernel_rows(found, top), wrap=(0,))
     return EXIT_PASSED
 
 

@@ -59,15 +59,15 @@ def show_comparison(before: Report, after: Report) -> None:
     console.print(compare.renderable(before, after))
 
 
-def show_rows(title: str, header: list[str], rows: list[list[str]], *, wrap: int | None = None) -> None:
-    """A small table; column `wrap` may fold."""
+def show_rows(title: str, header: list[str], rows: list[list[str]], *, wrap: tuple[int, ...] = ()) -> None:
+    """A small table; the columns in `wrap` may fold."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for number, name in enumerate(header):
-        table.add_column(name, overflow="fold", ratio=1 if number == wrap else None, no_wrap=number != wrap)
+        table.add_column(name, overflow="fold", ratio=1 if number in wrap else None, no_wrap=number not in wrap)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console(width=width()).print(table)
