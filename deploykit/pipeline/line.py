@@ -10,7 +10,7 @@ from typing import Any
 
 from deploykit import backends, children, data, machine, nonfinite
 from deploykit.artifact import Artifact
-from deploykit.children import side_by_side
+from deploykit.children import BugInChild, side_by_side
 from deploykit.errors import (
     DataError,
     DeploykitError,
@@ -142,7 +142,7 @@ def _first_nan(model: Target, results: measuring.Results | None, judge: Samples 
         found = children.run(
             "look for NaN", nonfinite.in_outputs, model.shop.model.path, judge, timeout_s=STAGE_TIMEOUT_S, progress=say.progress
         )
-    except DeploykitError:  # said beside the rows already: this only adds where
+    except (DeploykitError, BugInChild):  # said beside the rows already: this only adds where
         return ""
     return "" if found is None else f"the float model itself: {found}"
 

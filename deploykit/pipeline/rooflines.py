@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,9 +10,11 @@ from pathlib import Path
 
 from deploykit import datasheet, hosted, machine, roofline
 from deploykit.artifact import Artifact
-from deploykit.errors import BackendFailed
+from deploykit.children import BugInChild
+from deploykit.errors import DeploykitError, OutOfSpace
 from deploykit.pipeline.request import Narrator
 from deploykit.pipeline.target import Target
+from deploykit.report_document import row_id
 from deploykit.roofline import Ceilings, Cost
 from deploykit.row import Row
 from deploykit.signature import Signature
@@ -26,19 +29,26 @@ def placed(
     models: Sequence[Target], table: Sequence[Row], store: Store, threads: int, say: Narrator
 ) -> tuple[list[Row], Ceilings | None]:
     """The rows with their share of the roofline where it can be told, and this machine's ceilings; None where no row ran,
-    no model's cost is known, or no engine that measures ceilings is here. Kept ceilings that a row is above are measured
-    anew, once."""
+    no model's cost is known, or no engine that measures ceilings is here. The ceilings are the CPU's: rows of another device
+    stand under none. Kept ceilings that a row is above are measured anew, once for the same figures."""
     costs = {model.name: cost for model in models if model.shop and (cost := Cost.from_summary(model.shop.summary))}
     rows = [_elsewhere(row, costs) if row.status == "built" else row for row in table]
-    able = [row for row in rows if _model(row) in costs and row.status == "ok" and row.images_per_s]
+    able = [row for row in rows if _has_place(row, costs)]
     if not able or measuring.engine() is None:
         return rows, None
     try:
         found, kept = ceilings(store, threads, say)
-        if kept and any(share > _ABOVE for row in able if (share := _share(row, costs, found)) is not None):
-            found, _ = ceilings(store, threads, say, fresh=True)
-    except BackendFailed:
-        return rows, None  # the figures stand without their roofline
+        if any(share > _ABOVE for row in able if (share := _share(row, costs, found)) is not None):
+            mark = _mark(able, threads)
+            if kept and store.find(FOLDER, mark) is None:
+                found, _ = ceilings(store, threads, say, fresh=True)
+            _keep(store, mark, "measured-anew", {})
+    except OutOfSpace:
+        raise
+    except (DeploykitError, BugInChild) as exc:  # the figures stand without their roofline
+        why = exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
+        say.step(f"no roofline: {why}")
+        return rows, None
     return [_here(row, costs, found) for row in rows], found
 
 
@@ -46,9 +56,8 @@ def ceilings(store: Store, threads: int, say: Narrator, *, fresh: bool = False) 
     """This machine's ceilings on so many threads, and whether they were kept from before. `fresh`: measured anew, and the
     higher of old and new stands, since a busy machine only ever lowers them. Raises BackendFailed."""
     engine = measuring.engine()
-    code = [Path(str(m.__file__)) for m in (measuring, roofline, hosted)]
     options = {"machine": machine.fingerprint(), "threads": threads, "engine": engine}
-    key = Key("ceilings", source_hash(*code), None, options, measuring.versions())
+    key = Key("ceilings", _version(), None, options, measuring.versions())
     old = store.find(FOLDER, key)
     before = Ceilings.from_json(json.loads(old.path.read_text())) if old is not None else None
     if before is not None and not fresh:
@@ -58,14 +67,33 @@ def ceilings(store: Store, threads: int, say: Narrator, *, fresh: bool = False) 
     if before is not None:
         found = _higher(before, found)
         store.drop(FOLDER, key)
+    _keep(store, key, "ceilings", found.to_json())
+    return found, False
 
+
+def _version() -> str:
+    return source_hash(*(Path(str(m.__file__)) for m in (measuring, roofline, hosted)))
+
+
+def _mark(rows: Sequence[Row], threads: int) -> Key:
+    """What is kept once the ceilings were measured while these rows had these figures."""
+    figures = json.dumps([[row_id(row), row.images_per_s] for row in rows])
+    options = {
+        "machine": machine.fingerprint(),
+        "threads": threads,
+        "engine": measuring.engine(),
+        "rows": hashlib.sha256(figures.encode()).hexdigest(),
+    }
+    return Key("above", _version(), None, options, measuring.versions())
+
+
+def _keep(store: Store, key: Key, name: str, doc: Mapping[str, object]) -> None:
     def build(folder: Path) -> Artifact:
-        path = folder / "ceilings.json"
-        path.write_text(json.dumps(found.to_json(), indent=1))
-        return Artifact(path, "ceilings", "none", Signature((), ()), "ceilings")
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(doc, indent=1))
+        return Artifact(path, name, "none", Signature((), ()), name)
 
     store.make(FOLDER, key, build)
-    return found, False
 
 
 def _higher(one: Ceilings, other: Ceilings) -> Ceilings:
@@ -81,16 +109,20 @@ def _model(row: Row) -> str:
     return row.name.removesuffix(" asked)").rpartition(" (")[0] if row.name.endswith(" asked)") else row.name
 
 
+def _has_place(row: Row, costs: Mapping[str, Cost]) -> bool:
+    """Whether the row can be put under the CPU's ceilings: it ran there, and its model's cost is known."""
+    return row.device == "cpu" and row.status == "ok" and bool(row.images_per_s) and _model(row) in costs
+
+
 def _share(row: Row, costs: Mapping[str, Cost], found: Ceilings) -> float | None:
     here = roofline.place(costs[_model(row)], row.precision, row.batch, row.batch / (row.images_per_s or 1.0), found)
     return None if here is None else here.share
 
 
 def _here(row: Row, costs: Mapping[str, Cost], found: Ceilings) -> Row:
-    cost = costs.get(_model(row))
-    if cost is None or row.status != "ok" or not row.images_per_s:
+    if not _has_place(row, costs) or not row.images_per_s:
         return row
-    here = roofline.place(cost, row.precision, row.batch, row.batch / row.images_per_s, found)
+    here = roofline.place(costs[_model(row)], row.precision, row.batch, row.batch / row.images_per_s, found)
     return row if here is None else replace(row, roofline_share=here.share, bound_by=here.bound_by)
 
 

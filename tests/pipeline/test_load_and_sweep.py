@@ -15,6 +15,7 @@ from deploykit.pipeline import delivery, line, rooflines, scenarios, sweeping
 from deploykit.pipeline.line import LineRequest, LineResult
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
 from deploykit.roofline import Ceilings
+from deploykit.row import Row
 from deploykit.stages import bench
 from deploykit.stages import ceilings as stage
 from deploykit.stages.sweep import Limits
@@ -110,6 +111,45 @@ def test_ceilings_below_a_row_are_measured_again_and_the_higher_ones_stay(
     second, _ = rooflines.ceilings(store, 1, Silent(), fresh=True)
     assert (second.ops_per_s, second.bytes_per_s) == ({"fp32": 2e9, "int8": 9e9}, {1: 5.0})
     assert rooflines.ceilings(store, 1, Silent()) == (second, True)
+
+
+def test_only_rows_of_the_cpu_stand_under_its_ceilings_and_those_above_are_looked_into_once(
+    request_: LineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = Ceilings("low", "measured", {"fp32": 1.0}, {1: 1.0})
+    asked: list[int] = []
+
+    def measure(threads: int, progress: object = None) -> Ceilings:
+        asked.append(threads)
+        return low
+
+    monkeypatch.setattr(stage, "measure", measure)
+    store = Store(tmp_path)
+    models = line.ready(replace(request_, rows=replace(request_.rows, scenario=None)), Silent()).models
+    name = models[0].name
+    here = Row(name, "onnxruntime", "fp32", 1, "ok", device="cpu", images_per_s=100.0)
+    there = Row(name, "onnxruntime-cuda", "fp32", 1, "ok", device="NVIDIA T4", images_per_s=1e6)
+    rooflines.ceilings(store, 1, Silent())
+    rows, _ = rooflines.placed(models, [here, there], store, 1, Silent())
+    assert rows[0].roofline_share is not None and rows[1].roofline_share is None
+    assert len(asked) == 2
+    rooflines.placed(models, [here, there], store, 1, Silent())
+    assert len(asked) == 2
+    rooflines.placed(models, [replace(here, images_per_s=101.0)], store, 1, Silent())
+    assert len(asked) == 3
+
+
+def test_a_bug_while_the_ceilings_are_measured_costs_the_roofline_and_not_the_run(
+    request_: LineRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(threads: int, progress: object = None) -> Ceilings:
+        raise children.BugInChild("in ceilings:\nTypeError: a bug")
+
+    monkeypatch.setattr(stage, "measure", measure)
+    asked = replace(request_, rows=replace(request_.rows, scenario=None))
+    models = line.ready(asked, Silent()).models
+    row = Row(models[0].name, "onnxruntime", "fp32", 1, "ok", device="cpu", images_per_s=100.0)
+    assert rooflines.placed(models, [row], Store(tmp_path), 1, Silent()) == ([row], None)
 
 
 @pytest.fixture
