@@ -89,6 +89,9 @@ def plan(
                     name, backend_name, precision, target, 0, backend_name == reference and precision == base_precision
                 )
                 rows.append(_judge(row, kind, base_precision, refused))
+    if request.backends is not None and reference not in request.backends and all(r.skip for r in rows if r.backend != reference):
+        why = "nothing that was asked for can run here, so there is nothing to hold against it"
+        rows = [r if r.backend != reference or r.skip else replace(r, skip=why) for r in rows]
     return [_at_batch(row, batch, signature) for batch in _batches(signature, request) for row in rows]
 
 
