@@ -28,6 +28,8 @@ class Measurement:
     """Windows of one row: `launches[l][r]` is round r in process launch l. Times in seconds, `batch` items a run.
 
     loads_s, peaks_rss_bytes: of each launch, where they are known; load_s and peak_rss_bytes are the last launch's.
+    turns: of each launch, the number of the turns it took part in: rows with the same number ran side by side. Empty where
+    all rows of the group did, launch by launch.
     """
 
     batch: int
@@ -44,6 +46,7 @@ class Measurement:
     environment: Mapping[str, Any] = field(default_factory=dict)
     loads_s: tuple[float, ...] = ()
     peaks_rss_bytes: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -103,13 +106,14 @@ class Measurement:
             "environment": dict(self.environment),
             "loads_s": list(self.loads_s),
             "peaks_rss_bytes": list(self.peaks_rss_bytes),
+            "turns": list(self.turns),
         }
 
     @classmethod
     def from_json(cls, doc: Mapping[str, Any]) -> Measurement:
         """The measurement that `to_json` wrote."""
         launches = tuple(tuple(Window(tuple(w["seconds"]), w["wall_s"]) for w in launch) for launch in doc["launches"])
-        lists: dict[str, Any] = {k: tuple(doc.get(k, ())) for k in ("notes", "loads_s", "peaks_rss_bytes")}
+        lists: dict[str, Any] = {k: tuple(doc.get(k, ())) for k in ("notes", "loads_s", "peaks_rss_bytes", "turns")}
         rest = {k: v for k, v in doc.items() if k != "launches" and k not in lists}
         return cls(launches=launches, **lists, **rest)
 
@@ -128,16 +132,24 @@ def speedup(candidate: Measurement, reference: Measurement, *, resamples: int = 
 
     Rounds of the two are paired (they were measured in turns). The interval is a bootstrap over process launches, the
     unit of replication, then over the rounds within a launch (percentile method, 95 %). A row that stopped earlier than
-    the other in a launch is paired over the rounds both have. Raises ValueError when the two were not measured in the
-    same launches, or at different batches.
+    the other in a launch is paired over the rounds both have; of a reference that ran beside several parts of its group
+    the launches beside the candidate count. Raises ValueError when the two were not measured in the same launches, or at
+    different batches.
     """
     if candidate.batch != reference.batch:
         raise ValueError(f"batch {candidate.batch} against batch {reference.batch}")
-    ours, theirs = candidate.rates(), reference.rates()
-    if len(ours) != len(theirs):
+    ours, theirs = _by_turn(candidate), _by_turn(reference)
+    shared = ours.keys() & theirs.keys()
+    if len(shared) < min(len(ours), len(theirs)) or (len(ours) != len(theirs) and not (candidate.turns and reference.turns)):
         raise ValueError("the two were not measured in the same launches")
-    ratios = [np.array(a[: len(b)]) / np.array(b[: len(a)]) for a, b in zip(ours, theirs, strict=True)]
+    pairs = [(ours[turn], theirs[turn]) for turn in sorted(shared)]
+    ratios = [np.array(a[: len(b)]) / np.array(b[: len(a)]) for a, b in pairs]
     return bootstrap_ratio(ratios, resamples=resamples, seed=seed)
+
+
+def _by_turn(m: Measurement) -> dict[int, list[float]]:
+    """The rates of each launch, by the number of its turns."""
+    return dict(zip(m.turns or range(len(m.launches)), m.rates(), strict=True))
 
 
 def bootstrap_ratio(ratios: Sequence[NDArray[np.float64]], *, resamples: int = 2000, seed: int = 0) -> Ratio:

@@ -98,7 +98,7 @@ def in_turns(
     """The two engines of one row, the baseline's twice, block after block until the interval tells or `blocks` are through."""
     turns: gates.Turns | None = None
     for block in range(blocks):
-        found = bench.measure(_targets(pair), {pair.row.batch: pool}, span, progress=progress, seed=block)
+        found = bench.measure(_targets(pair), {pair.row.batch: pool}, span, progress=progress, seed=block, together=True)
         for name in ("old", "again", "new"):
             item = found[f"{pair.row.label} ({name})"]
             if isinstance(item, DeploykitError):
@@ -123,6 +123,7 @@ def _more(a: Measurement, b: Measurement) -> Measurement:
         launches=a.launches + b.launches,
         loads_s=a.loads_s + b.loads_s,
         peaks_rss_bytes=a.peaks_rss_bytes + b.peaks_rss_bytes,
+        turns=tuple(range(len(a.launches) + len(b.launches))),
     )
 
 

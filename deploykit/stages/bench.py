@@ -87,6 +87,7 @@ class _Collected:
     launches: list[tuple[Window, ...]] = field(default_factory=list)
     loads_s: list[float] = field(default_factory=list)
     peaks_rss_bytes: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
     last: _Running | None = None
     error: DeploykitError | None = None
 
@@ -102,10 +103,12 @@ def measure(
     progress: Progress | None = None,
     environment: Mapping[str, Any] | None = None,
     seed: int = 0,
+    together: bool = False,
 ) -> dict[str, Result]:
     """A Measurement, or the error that ended it, for every target, by id.
 
-    `pools` holds, per batch, the different inputs that every row of that batch is fed in turn.
+    `pools` holds, per batch, the different inputs that every row of that batch is fed in turn. A group too large for the
+    memory is measured in parts, each beside the reference, unless `together` asks for all its rows in every launch.
     Raises InputError when a group has more than one reference.
     """
     rng = random.Random(seed)
@@ -118,10 +121,12 @@ def measure(
     for name, rows in groups.items():
         if sum(row.reference for row in rows) > 1:
             raise InputError(f"group {name} has more than one reference row")
+        parts = [rows] if together else _parts(rows)
         for launch in range(span.launches):
-            alive = [row for row in rows if collected[row.id].error is None]
-            for part in _parts(alive):
-                _launch(part, pools, span, rng, collected)
+            for number, part in enumerate(parts):
+                alive = [row for row in part if collected[row.id].error is None]
+                if alive:
+                    _launch(alive, pools, span, rng, collected, launch * len(parts) + number)
             done += len(rows)
             if progress:
                 progress(f"measuring {name}, launch {launch + 1} of {span.launches}", done / total)
@@ -164,8 +169,9 @@ def _launch(
     span: Duration,
     rng: random.Random,
     collected: Mapping[str, _Collected],
+    turn: int,
 ) -> None:
-    """One launch of one part: opens the children, measures them in turns, closes them."""
+    """One launch of one part, number `turn` of its group: opens the children, measures them in turns, closes them."""
     running: list[_Running] = []
     started: list[Child] = []
     try:
@@ -182,6 +188,7 @@ def _launch(
             state = collected[item.target.id]
             if state.error is None:
                 state.launches.append(tuple(item.windows))
+                state.turns.append(turn)
                 state.loads_s.append(item.opened.load_s)
                 state.peaks_rss_bytes.append(item.peak_rss_bytes)
                 state.last = item
@@ -255,6 +262,7 @@ def _result(item: _Collected, span: Duration, environment: Mapping[str, Any]) ->
         environment={**environment, "duration": span.name},
         loads_s=tuple(item.loads_s),
         peaks_rss_bytes=tuple(item.peaks_rss_bytes),
+        turns=tuple(item.turns),
     )
 
 

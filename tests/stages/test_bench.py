@@ -83,3 +83,21 @@ def test_unknown_duration_names_the_closest() -> None:
     assert bench.duration("quick").launches >= 3
     with pytest.raises(UnknownName, match="did you mean 'quick'"):
         bench.duration("quik")
+
+
+def test_rows_too_many_for_the_memory_have_speed_ups_against_the_reference_of_their_part(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_available_bytes", lambda: 0)
+    rows = [_target(engine, "base", reference=True), _target(engine, "a"), _target(engine, "b")]
+    short = bench.Duration("test", launches=2, rounds=2, seconds=0.04, limit_s=0.04, enough_runs=1)
+    found = bench.measure(rows, _pools(), short)
+    base, a, b = (found[name] for name in ("base", "a", "b"))
+    assert isinstance(base, Measurement) and isinstance(a, Measurement) and isinstance(b, Measurement)
+    assert (base.turns, a.turns, b.turns) == ((0, 1, 2, 3), (0, 2), (1, 3))
+    assert speedup(a, base).value > 0 and speedup(b, base).value > 0
+    assert speedup(base, base).value == 1.0
+    with pytest.raises(ValueError, match="same launches"):
+        speedup(a, b)
+    whole = bench.measure(rows, _pools(), short, together=True)
+    assert all(isinstance(m, Measurement) and m.turns == (0, 1) for m in whole.values())
