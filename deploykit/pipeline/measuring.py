@@ -23,7 +23,7 @@ from deploykit.errors import BackendFailed, DeploykitError, ModelError
 from deploykit.measurement import Measurement
 from deploykit.pipeline.plan import PlannedRow
 from deploykit.pipeline.request import Narrator, RowsRequest
-from deploykit.pipeline.workshop import stage_version
+from deploykit.pipeline.workshop import backend_code, stage_version
 from deploykit.samples import Samples
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds, Outputs
@@ -113,7 +113,7 @@ def _threads() -> int:
 
 def _key(entries: Sequence[Entry], judge: Samples | None, pool: str, rows: RowsRequest, threads: int) -> Key:
     engines = [[e.row.id, e.row.reference, e.engine.sha256, e.engine.parent, dict(e.options)] for e in entries]
-    modules = [Path(backends.__file__).parent / f"{backends.MODULES[n]}.py" for n in sorted({e.row.backend for e in entries})]
+    code = sorted({file for entry in entries for file in backend_code(entry.row.backend)})
     versions: dict[str, str] = {}
     for entry in entries:
         versions.update(backends.get(entry.row.backend).versions())
@@ -128,7 +128,7 @@ def _key(entries: Sequence[Entry], judge: Samples | None, pool: str, rows: RowsR
         "shapes": repr(sorted(rows.shapes.items())),
         "machine": machine.fingerprint(),
     }
-    return Key("measure", stage_version("measure", *modules), None, options, versions)
+    return Key("measure", stage_version("measure", *code), None, options, versions)
 
 
 def _speed(

@@ -7,7 +7,6 @@ makes again only what has changed.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from deploykit.pipeline import given, int8, mixed, ranges
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.mixed import Aim, Task
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
-from deploykit.pipeline.workshop import PACKAGE, Workshop
+from deploykit.pipeline.workshop import Workshop, backend_code, stage_files
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
@@ -182,7 +181,8 @@ def calibrate(shop: Workshop, samples: Samples, request: DataRequest) -> Artifac
         )
 
     options = {"method": method, "samples": samples.digest, "n": len(samples)}
-    made = shop.keep("calibrate", f"calibrate {method}", shop.model.sha256, options, build, fresh=request.recalibrate)
+    code = stage_files("calibrate-best") if method == calibration_table.BEST else ()
+    made = shop.keep("calibrate", f"calibrate {method}", shop.model.sha256, options, build, fresh=request.recalibrate, code=code)
     shop.tables[method] = made
     return made
 
@@ -303,10 +303,6 @@ def engine(
     }
     if calibration is not None:
         options |= {"calibration": calibration.digest, "calibration_n": len(calibration)}
-    module = Path(str(importlib.import_module(f"deploykit.backends.{backends.MODULES[backend_name]}").__file__))
-    extra = tuple(sorted(module.parent.glob(f"{module.stem}_*.py")))
-    if backend_name.startswith("tensorrt"):
-        extra += tuple(sorted((PACKAGE / "trt").glob("*.py")))
     what = f"{backend_name} {precision}" + ("" if target == "cpu" else f" {target}")
 
     def build(folder: Path) -> Artifact:
@@ -315,7 +311,7 @@ def engine(
         facts = {**kept, **made.facts}
         return replace(made, stage="engine", precision=precision, device=target, parent=graph.sha256, facts=facts)
 
-    return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=(module, *extra))
+    return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=backend_code(backend_name))
 
 
 def build_engine(backend_name: str, graph: Artifact, request: BuildRequest, folder: Path) -> Artifact:

@@ -19,7 +19,7 @@ from deploykit.pipeline.assemble import measured_id
 from deploykit.pipeline.measuring import Entry, Results
 from deploykit.pipeline.plan import PlannedRow
 from deploykit.pipeline.request import Narrator, RowsRequest
-from deploykit.pipeline.workshop import package_versions, stage_version
+from deploykit.pipeline.workshop import backend_code, package_versions, stage_version
 from deploykit.report_document import row_id
 from deploykit.row import Row
 from deploykit.samples import Samples
@@ -36,14 +36,18 @@ _PROBES_S = 30.0  # what Server's search may take beside the run itself
 
 @dataclass(frozen=True)
 class Loads:
-    """What LoadGen found, by row id; or why it did not run."""
+    """What LoadGen found, by row id; or the error that ended it, or in words why the scenario is none for that row. `named`:
+    the rows whose backend or precision was asked for by name."""
 
-    outcomes: Mapping[str, LoadOutcome | DeploykitError] = field(default_factory=dict)
+    outcomes: Mapping[str, LoadOutcome | DeploykitError | str] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
 
     def exit_code(self) -> int:
-        """3 where LoadGen or a backend is missing, 4 where one failed, else 0."""
-        errors = [o for o in self.outcomes.values() if isinstance(o, DeploykitError)]
-        return max((EXIT_MISSING if isinstance(e, MissingBackend) else EXIT_BACKEND for e in errors), default=0)
+        """3 where LoadGen or a backend is missing, 4 where a row asked for by name failed, else 0."""
+        errors = {key: found for key, found in self.outcomes.items() if isinstance(found, DeploykitError)}
+        codes = [EXIT_MISSING for error in errors.values() if isinstance(error, MissingBackend)]
+        codes += [EXIT_BACKEND for key, error in errors.items() if key in self.named and not isinstance(error, MissingBackend)]
+        return max(codes, default=0)
 
 
 def take(
@@ -58,16 +62,18 @@ def take(
     name = loadgen.scenario(rows.scenario)
     request = LoadRequest(name, bench.duration(rows.duration).seconds, rows.server_latency_s)
     samples, digest = _samples(signature, judge, rows)
-    found: dict[str, LoadOutcome | DeploykitError] = {}
+    found: dict[str, LoadOutcome | DeploykitError | str] = {}
     say.step(f"LoadGen {name}: {len(entries)} rows, about {len(entries) * _row_s(request):,.0f} s")
     for number, entry in enumerate(entries):
         say.progress(entry.row.id, number / len(entries))
         if name == "SingleStream" and entry.row.batch > 1:
-            why = f"SingleStream sends one sample at a time, and this row runs {entry.row.batch}"
-            found[entry.row.id] = BackendFailed(why, "add --batch 1")
+            found[entry.row.id] = f"SingleStream sends one sample at a time: it is for batch 1, and this row runs {entry.row.batch}"
             continue
         found[entry.row.id] = _one(entry, request, samples, digest, rows, store)
-    return Loads(found)
+    named = {
+        e.row.id for e in entries if e.row.backend in (rows.backends or ()) or e.row.precision in (rows.precisions or ())
+    }
+    return Loads(found, frozenset(named))
 
 
 def _row_s(request: LoadRequest) -> float:
@@ -79,7 +85,7 @@ def _one(
 ) -> LoadOutcome | DeploykitError:
     threads = rows.threads or machine.threads()
     code = [Path(str(m.__file__)) for m in (loadgen, hosted_loadgen)]
-    code.append(Path(backends.__file__).parent / f"{backends.MODULES[entry.row.backend]}.py")
+    code.extend(backend_code(entry.row.backend))
     options: dict[str, Any] = {
         "engine": [entry.engine.sha256, entry.engine.parent, dict(entry.options)],
         "row": entry.row.id,
@@ -117,20 +123,18 @@ def _ask(entry: Entry, request: LoadRequest, samples: list[Feeds], rows: RowsReq
     with Child(f"LoadGen {entry.row.id}", threads=threads) as child:
         opening = entry.request(entry.row.batch, rows, threads)
         child.call(hosted.open_engine, entry.row.backend, entry.engine.path, opening, timeout_s=bench.OPEN_TIMEOUT_S)
-        limit = bench.OPEN_TIMEOUT_S + 10 * _row_s(request)
+        limit = bench.OPEN_TIMEOUT_S + hosted_loadgen.worst_s(request)  # the first for the warm-up
         return child.call(hosted_loadgen.run, request, samples, entry.row.batch, timeout_s=limit)
 
 
 def _samples(signature: Signature, judge: Samples | None, rows: RowsRequest) -> tuple[list[Feeds], str]:
-    """Feeds of one sample each (of the graph's own batch, where that is baked in), and their digest: of the samples that
-    judge where there are any."""
-    one = signature.fixed_batch or 1
+    """Feeds of one sample each, whatever batch the graph has, and their digest: of the samples that judge where there are any."""
     samples = judge
     if samples is None or not len(samples):
-        samples = data.open(f"random:{SAMPLES * one}", signature, shapes=rows.shapes)
+        samples = data.open(f"random:{SAMPLES}", signature, shapes=rows.shapes)
     found: list[Feeds] = []
     total = 0
-    for feeds, _ in samples.take(range(min(len(samples), SAMPLES * one)), samples.role).batches(one, pad=True):
+    for feeds, _ in samples.take(range(min(len(samples), SAMPLES)), samples.role).batches(1):
         found.append(feeds)
         total += sum(array.nbytes for array in feeds.values())
         if total > _SAMPLE_BYTES:
@@ -156,9 +160,11 @@ def said(table: Sequence[Row], planned: Sequence[PlannedRow], results: Results |
     return [_said(row, loads.outcomes.get(ids.get(row_id(row), "")) if "A/A:" not in row.notes else None) for row in table]
 
 
-def _said(row: Row, found: LoadOutcome | DeploykitError | None) -> Row:
+def _said(row: Row, found: LoadOutcome | DeploykitError | str | None) -> Row:
     if found is None or row.status != "ok":
         return row
+    if isinstance(found, str):
+        return replace(row, notes="; ".join(x for x in (row.notes, f"LoadGen: skipped: {found}") if x))
     if isinstance(found, DeploykitError):
         word = "LoadGen: skipped: " if isinstance(found, MissingBackend) else "LoadGen: "
         note = word + found.message + (f"; {found.remedy}" if found.remedy else "")

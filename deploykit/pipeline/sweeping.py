@@ -23,6 +23,7 @@ from deploykit.measurement import Measurement
 from deploykit.pipeline import line, measuring
 from deploykit.pipeline.line import LineRequest, Ready
 from deploykit.pipeline.request import Narrator
+from deploykit.pipeline.workshop import backend_code
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds
 from deploykit.stages import bench, sweep
@@ -204,7 +205,8 @@ class _Notes:
 
     def __init__(self, made: Ready, digest: str) -> None:
         package = Path(__file__).parent.parent
-        code = [*sorted((package / "backends").glob("*.py")), package / "hosted.py", Path(__file__)]
+        own = {file for e in made.entries for file in backend_code(e.row.backend)}
+        code = [*sorted(own), package / "hosted.py", Path(__file__)]
         engines = sorted([e.row.id, e.engine.sha256, e.engine.parent or ""] for e in made.entries)
         judge = made.samples.judge
         labels = repr(judge.labels) if judge is not None else ""

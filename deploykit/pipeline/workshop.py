@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from deploykit import children
+from deploykit import backends, children
 from deploykit.artifact import Artifact
 from deploykit.observation import INTEGER
 from deploykit.pipeline.request import Narrator
@@ -29,8 +31,10 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "calibrate": (
         *("stages/calibration.py", "activations.py", "observation.py", "histogram.py", "clipping.py", "calibration_table.py"),
         *("foreign_cache.py", "trt_cache.py", "pipeline/given.py"),
-        *("graph.py", "nonfinite.py", "signature.py", "data/*.py", "preprocess.py"),
+        *("graph.py", "nonfinite.py", "signature.py", "data/*.py", "preprocess.py", "pipeline/ranges.py"),
     ),
+    # `best` is chosen by the noise of INT8 graphs
+    "calibrate-best": ("stages/precision/*.py", "quantized_layers.py"),
     "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
     "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py"),
     "measure": (
@@ -59,8 +63,37 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 def stage_version(stage: str, *more: Path) -> str:
     """A hash of the source code that the stage is made of."""
-    files = [f for pattern in _CODE[stage] for f in sorted(PACKAGE.glob(pattern))]
-    return source_hash(*files, *more)
+    return source_hash(*stage_files(stage), *more)
+
+
+def stage_files(stage: str) -> tuple[Path, ...]:
+    """The source files that a stage is made of."""
+    return tuple(f for pattern in _CODE[stage] for f in sorted(PACKAGE.glob(pattern)))
+
+
+@functools.cache
+def backend_code(name: str) -> tuple[Path, ...]:
+    """The files that a backend is made of: its module, the `<module>_*.py` beside it, and what these import of backends/;
+    where one imports anything of trt/, all of trt/."""
+    folder = PACKAGE / "backends"
+    stem = backends.MODULES[name]
+    found: set[Path] = set()
+    left = {folder / f"{stem}.py", *folder.glob(f"{stem}_*.py")}
+    while left:
+        path = left.pop()
+        found.add(path)
+        wanted = _imports(path)
+        own = {folder / f"{module.split('.')[2]}.py" for module in wanted if module.startswith("deploykit.backends.")}
+        if any(module.startswith("deploykit.trt") for module in wanted):
+            own.update((PACKAGE / "trt").glob("*.py"))
+        left |= {file for file in own if file.is_file()} - found
+    return tuple(sorted(found))
+
+
+def _imports(path: Path) -> set[str]:
+    """The dotted names that a file's `from X import Y` may mean: X and X.Y."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+    return {str(n.module) for n in nodes} | {f"{n.module}.{alias.name}" for n in nodes for alias in n.names}
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str]:
