@@ -146,3 +146,11 @@ def test_implicit_int8_takes_them_too(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text(json.dumps({"x": 1}))
     with pytest.raises(InputError):
         implicit.cache_text(Trt, tmp_path / "bad")
+
+
+def test_json_nested_too_deep_is_bad_input(tmp_path: Path) -> None:
+    deep = tmp_path / "calibration.json"
+    deep.write_text('{"x":' * 200_000 + "1" + "}" * 200_000)
+    with pytest.raises(InputError, match=r"calibration\.json"):
+        foreign_cache.read(deep)
+    assert not foreign_cache.is_ours(deep)

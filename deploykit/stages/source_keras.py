@@ -206,14 +206,16 @@ def _refuse_code(file: Path) -> None:
             entry = archive.getinfo("config.json")
             if entry.file_size > _MOST_BYTES:
                 raise ModelError(f"{file.name}: its config.json has {entry.file_size} bytes", "no Keras model needs so many")
-            config = json.loads(archive.read(entry))
+            nodes = list(_objects(json.loads(archive.read(entry))))
     except KeyError as exc:
         raise ModelError(f"{file.name} has no config.json: it is no .keras file", "save it with model.save('m.keras')") from exc
+    except RecursionError as exc:
+        raise ModelError(f"{file.name}: its config.json is nested too deep", "no Keras model needs so many levels") from exc
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as exc:
         raise ModelError(
             f"{file.name} is no .keras file, or it is truncated", "save it again with model.save('m.keras')"
         ) from exc
-    for node in _objects(config):
+    for node in nodes:
         kind, module = node.get("class_name"), node.get("module")
         if kind in ("Lambda", "__lambda__"):
             raise _code(file, "a Lambda layer")
