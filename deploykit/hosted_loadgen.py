@@ -28,6 +28,9 @@ PROBE_S = 1.0  # each step of Server's search
 PROBE_QUERIES = 700  # early stopping needs 459 for a 99th percentile without any query over the bound, 662 with one
 CLOSE = 1.03  # the search ends when the rate that fails is this close to the one that holds
 STEP_BACK = 0.93  # a rate that held in the search and fails over the whole duration is lowered by this
+PROBE_MOST_S = 20.0  # where so many queries take longer, the search goes by the 99th percentile of those it had
+HOLD_MOST_S = 120.0  # the same for the run at the rate that the search found, where that is longer than was asked for
+_MOST_PROBES = 12
 RETRIES = 5
 _MOST_QUERIES = 20_000_000  # LoadGen keeps every prepared query in memory
 _SEED = 1  # the same queries in every run
@@ -55,6 +58,17 @@ def _module() -> Any:
     except ImportError as exc:
         raise MissingBackend("MLPerf's LoadGen is not installed", "pip install 'deploykit[loadgen]'") from exc
     return mlperf_loadgen
+
+
+def worst_s(request: LoadRequest) -> float:
+    """The most seconds that `run` may take beside its warm-up: every probe and retry in full, each twice as long as was asked
+    for (what waits when the time is up is answered still), with one more run of the bound's length."""
+    once = request.seconds + 1.0
+    if request.scenario != "Server":
+        return 2 * RETRIES * once
+    probes = _MOST_PROBES * (PROBE_MOST_S + request.latency_s)
+    held = RETRIES * (max(once, HOLD_MOST_S) + request.latency_s)
+    return 2 * (RETRIES * (PROBE_S + request.latency_s) + probes + held)
 
 
 class _Sut:
@@ -173,20 +187,23 @@ def _highest_rate(request: LoadRequest, sut: _Sut) -> LoadOutcome:
 
     Raises what a failing engine raises. Where no rate keeps the bound, `value` is None.
     """
+    if sut.run_s > request.latency_s:
+        why = f"one run takes {sut.run_s * 1e3:.3g} ms at the least, so that every rate missed {request.latency_s * 1e3:g} ms"
+        return _no_rate(request, sut, why, ())
     report_progress("Server: what the engine can do at all", 0.0)
     most = 1.1 * (_offline(LoadRequest("Offline", PROBE_S / 2), sut).value or sut.batch / sut.mean_s)
     tried: list[tuple[float, bool]] = []
 
     def holds(rate: float) -> bool:
-        seconds = max(PROBE_S, PROBE_QUERIES / rate)
+        seconds = min(max(PROBE_S, PROBE_QUERIES / rate), PROBE_MOST_S)
         report_progress(f"Server: {rate:.4g} samples/s", min(0.5, 0.08 * len(tried)))
         found = _once(LoadRequest("Server", seconds, request.latency_s), sut, {"server_target_qps": rate})
-        tried.append((rate, found.valid))
-        return found.valid
+        tried.append((rate, found.valid or _held_so_far(found, rate)))
+        return tried[-1][1]
 
     low, high = 0.0, most
     rate = 0.7 * most
-    while high > CLOSE * low and len(tried) < 12:
+    while high > CLOSE * low and len(tried) < _MOST_PROBES:
         if low == 0.0 and len(tried) > 6:
             break  # not even a fiftieth of what the engine can do
         if holds(rate):
@@ -199,18 +216,28 @@ def _highest_rate(request: LoadRequest, sut: _Sut) -> LoadOutcome:
     for _ in range(RETRIES if low else 0):
         report_progress(f"Server: {rate:.4g} samples/s over {request.seconds:g} s", 0.6)
         # a run that is too short for its percentile is INVALID whatever the engine does
-        whole = LoadRequest("Server", max(request.seconds, PROBE_QUERIES / rate), request.latency_s)
-        last = _once(whole, sut, {"server_target_qps": rate})
+        seconds = max(request.seconds, min(PROBE_QUERIES / rate, HOLD_MOST_S))
+        last = _once(LoadRequest("Server", seconds, request.latency_s), sut, {"server_target_qps": rate})
         tried.append((rate, last.valid))
-        if last.valid:
+        if last.valid or _held_so_far(last, rate):
             break
         rate *= STEP_BACK
     if last is None:
         why = f"even {tried[-1][0]:.3g} samples/s missed {request.latency_s * 1e3:g} ms; one run takes {sut.run_s * 1e3:.3g} ms"
-        settings = {"batch": float(sut.batch), "latency_s": request.latency_s}
-        return LoadOutcome("Server", None, "samples/s", False, request.seconds, 0, {}, (why,), settings, tuple(tried))
+        return _no_rate(request, sut, why, tuple(tried))
     doc = {**last.to_json(), "tried": tried}
     return LoadOutcome.from_json(doc, last.logs)
+
+
+def _held_so_far(found: LoadOutcome, rate: float) -> bool:
+    """Whether a run that was cut short of PROBE_QUERIES, and so INVALID whatever the engine does, kept the bound."""
+    tail = found.percentiles_s.get("p99")
+    return found.seconds * rate < PROBE_QUERIES * 0.999 and tail is not None and tail <= found.settings["latency_s"]
+
+
+def _no_rate(request: LoadRequest, sut: _Sut, why: str, tried: tuple[tuple[float, bool], ...]) -> LoadOutcome:
+    settings = {"batch": float(sut.batch), "latency_s": request.latency_s}
+    return LoadOutcome("Server", None, "samples/s", False, request.seconds, 0, {}, (why,), settings, tried)
 
 
 class _Workers:

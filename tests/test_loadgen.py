@@ -93,7 +93,31 @@ def test_no_rate_keeps_an_impossible_bound(engine: Path, monkeypatch: pytest.Mon
     assert found.value is None
     assert not found.valid
     assert "missed" in found.reasons[0]
-    assert all(not ok for _, ok in found.tried)
+    assert not found.tried  # the warm-up has shown it: no query is sent
+
+
+def test_a_probe_of_a_slow_engine_is_cut_short_and_judged_by_its_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def once(request: LoadRequest, sut: object, extra: dict[str, float]) -> LoadOutcome:
+        rate = extra.get("server_target_qps", 2.0)
+        asked.append(request.seconds)
+        tail = {"p99": 0.4 if rate <= 1.0 else 0.9}
+        settings = {"latency_s": request.latency_s}
+        return LoadOutcome(request.scenario, rate, "samples/s", False, request.seconds, 9, tail, ("too few",), settings)
+
+    class Slow:
+        run_s = mean_s = 0.3
+        batch = streams = 1
+
+    monkeypatch.setattr(hosted_loadgen, "_once", once)
+    request = LoadRequest("Server", 1.0, 0.5)
+    found = hosted_loadgen._highest_rate(request, Slow())  # type: ignore[arg-type]
+    assert found.value is not None and 0.9 < found.value <= 1.0
+    assert not found.valid  # LoadGen's own verdict: so few queries show no 99th percentile
+    assert asked[-1] == hosted_loadgen.HOLD_MOST_S
+    assert max(asked[:-1]) == hosted_loadgen.PROBE_MOST_S
+    assert sum(asked) < hosted_loadgen.worst_s(request)
 
 
 def test_a_failing_engine_is_an_error_not_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:

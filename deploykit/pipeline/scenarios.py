@@ -67,12 +67,12 @@ def take(
     for number, entry in enumerate(entries):
         say.progress(entry.row.id, number / len(entries))
         if name == "SingleStream" and entry.row.batch > 1:
-            found[entry.row.id] = f"SingleStream sends one sample at a time: it is for batch 1, and this row runs {entry.row.batch}"
+            found[entry.row.id] = (
+                f"SingleStream sends one sample at a time: it is for batch 1, and this row runs {entry.row.batch}"
+            )
             continue
         found[entry.row.id] = _one(entry, request, samples, digest, rows, store)
-    named = {
-        e.row.id for e in entries if e.row.backend in (rows.backends or ()) or e.row.precision in (rows.precisions or ())
-    }
+    named = {e.row.id for e in entries if e.row.backend in (rows.backends or ()) or e.row.precision in (rows.precisions or ())}
     return Loads(found, frozenset(named))
 
 

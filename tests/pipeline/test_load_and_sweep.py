@@ -10,7 +10,8 @@ import pytest
 import tiny_models
 
 from deploykit import children, report_document
-from deploykit.errors import InputError, MissingBackend
+from deploykit.errors import BackendFailed, InputError
+from deploykit.loadgen import LoadOutcome
 from deploykit.pipeline import delivery, line, rooflines, scenarios, sweeping
 from deploykit.pipeline.line import LineRequest, LineResult
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
@@ -22,6 +23,7 @@ from deploykit.stages.sweep import Limits
 from deploykit.store import Store
 
 pytest.importorskip("onnxruntime")
+OUTCOME = LoadOutcome("SingleStream", 0.001, "s", True, 1.0, 9, {}, (), {})
 CEILINGS = Ceilings("test", "measured", {"fp32": 1e12}, {1 << 18: 1e11})
 
 
@@ -88,10 +90,42 @@ def test_without_loadgen_the_rows_say_what_to_install(
 def test_one_sample_at_a_time_is_no_load_for_a_larger_batch(
     request_: LineRequest, result: LineResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scenarios, "_one", lambda *_: MissingBackend("stand-in"))
+    monkeypatch.setattr(scenarios, "_one", lambda *_: OUTCOME)
     rows = replace(request_.rows, scenario="singlestream")
     loads = scenarios.take(result.entries, result.entries[0].engine.signature, None, rows, Store(request_.store), Silent())
     assert "one sample at a time" in str(next(o for key, o in loads.outcomes.items() if key.endswith("b2")))
+    assert loads.exit_code() == 0
+    said = scenarios.said(result.report.rows, [e.row for e in result.entries], result.results, loads)
+    assert "it is for batch 1" in said[1].notes
+
+
+@pytest.mark.parametrize(("backends", "code"), [(("onnxruntime",), 4), (None, 0)])
+def test_a_failed_load_counts_for_a_row_asked_for_by_name(
+    request_: LineRequest, result: LineResult, monkeypatch: pytest.MonkeyPatch, backends: tuple[str, ...] | None, code: int
+) -> None:
+    monkeypatch.setattr(scenarios, "_one", lambda *_: BackendFailed("stand-in"))
+    rows = replace(request_.rows, backends=backends, precisions=None)
+    loads = scenarios.take(result.entries, result.entries[0].engine.signature, None, rows, Store(request_.store), Silent())
+    assert loads.exit_code() == code
+
+
+@pytest.mark.parametrize("scenario", ["Offline", "MultiStream"])
+def test_a_graph_with_a_batch_of_its_own_is_fed_that_many_samples_a_run(tmp_path: Path, scenario: str) -> None:
+    pytest.importorskip("mlperf_loadgen")
+    model = tiny_models.conv_net(tmp_path / "fixed.onnx", batch=4)
+    made = line.ready(
+        LineRequest(
+            (SourceRequest(str(model)),),
+            DataRequest("random:8"),
+            RowsRequest(("onnxruntime",), ("fp32",), (4,), threads=1, duration="smoke", scenario=scenario),
+            tmp_path / "store",
+        ),
+        Silent(),
+    )
+    loads = scenarios.take(made.entries, made.models[0].signature, made.samples.judge, made.rows, made.store, Silent())
+    (found,) = loads.outcomes.values()
+    assert isinstance(found, LoadOutcome), found
+    assert found.value
 
 
 def test_ceilings_below_a_row_are_measured_again_and_the_higher_ones_stay(
