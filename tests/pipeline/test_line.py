@@ -267,7 +267,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_half_made_and_goes_on_next_tim
     while not list((tmp_path / "engines").glob("net/export-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / "report.json").exists()

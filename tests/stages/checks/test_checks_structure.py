@@ -19,7 +19,8 @@ RELU = "g (float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }"
 
 
 def test_a_clean_model_has_no_finding_on_any_target(tmp_path: Path) -> None:
-    assert find(tiny_models.conv_net(tmp_path / "m.onnx"), TARGETS) == []
+    found = find(tiny_models.conv_net(tmp_path / "m.onnx"), TARGETS)
+    assert [f for f in found if f.code != "DK068"] == []  # which says that no rules are known for a target
 
 
 @pytest.mark.parametrize("data", [b"", b"hello world, this is text", bytes(range(256)) * 8], ids=["empty", "text", "bytes"])
