@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +115,11 @@ def graph(model: Any) -> tuple[Callable[..., Any], torch.nn.ModuleDict, tuple[st
 
 def native(layer: Any) -> Step | None:
     """What computes the same in PyTorch; None for a layer without a counterpart here."""
-    kind = type(layer).__name__
-    if type(layer).__module__.split(".")[0] != "keras" or getattr(layer, "data_format", "channels_last") != "channels_last":
+    place = type(layer).__module__.split(".")
+    if place[0] != "keras" or getattr(layer, "data_format", "channels_last") != "channels_last":
         return None
-    maker = _MAKERS.get(kind)
+    makers = _OPERATOR_MAKERS if "ops" in place else _MAKERS  # Add is the name of a layer and of the operator
+    maker = makers.get(type(layer).__name__)
     return None if maker is None else maker(layer)
 
 
@@ -160,15 +161,25 @@ def _elementwise(function: Callable[[torch.Tensor], torch.Tensor], module: torch
 
 
 def _merge(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Step:
-    def run(values: Any, *_: Any) -> Any:
-        images = all(isinstance(v, Image) for v in values)
-        tensors = [v.tensor if images else to_keras(v) for v in values]
-        result = tensors[0]
-        for tensor in tensors[1:]:
-            result = function(result, tensor)
-        return Image(result) if images else result
+    """A layer of that function: it takes one list of values."""
+    return Step(lambda values, *_: _merged(function, values))
 
-    return Step(run)
+
+def _operator(function: Callable[[Any, Any], torch.Tensor]) -> Step:
+    """The operator of that function (x + y, keras.ops.add): it takes two values, of which one may be a number."""
+    return Step(lambda left, right: _merged(function, (left, right)))
+
+
+def _merged(function: Callable[[Any, Any], torch.Tensor], values: Sequence[Any]) -> Any:
+    """The values put together from left to right: as images where one is an Image and no value has another rank."""
+    numbers = [isinstance(v, int | float) for v in values]
+    images = any(isinstance(v, Image) for v in values) and all(
+        number or isinstance(v, Image) or getattr(v, "ndim", 0) == 4 for v, number in zip(values, numbers, strict=True)
+    )
+    result, *others = [v if number else to_image(v) if images else to_keras(v) for v, number in zip(values, numbers, strict=True)]
+    for other in others:
+        result = function(result, other)
+    return Image(result) if images else result
 
 
 def _on_image(module: torch.nn.Module, same: Same | None = None, then: Callable[..., torch.Tensor] | None = None) -> Step:
@@ -346,6 +357,10 @@ _MAKERS: dict[str, Callable[[Any], Step | None]] = {
     "Multiply": _multiply,
     "Flatten": _flatten,
     "Dropout": _dropout,
+}
+_OPERATOR_MAKERS: dict[str, Callable[[Any], Step | None]] = {
+    "Add": lambda _: _operator(lambda a, b: a + b),
+    "Multiply": lambda _: _operator(lambda a, b: a * b),
 }
 
 
