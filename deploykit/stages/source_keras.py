@@ -7,6 +7,7 @@ that takes a PyTorch source takes a Keras one. On a ResNet-18 saved under Tensor
 from __future__ import annotations
 
 import json
+import keyword
 import os
 import re
 import sys
@@ -153,8 +154,9 @@ def _inputs(model: Any) -> tuple[TensorSpec, ...]:
 
 
 def _identifier(name: str) -> str:
+    """The name as a parameter of the forward that `_named` writes: no keyword, and neither of the names it uses itself."""
     text = re.sub(r"\W", "_", name)
-    return text if text.isidentifier() else f"x_{text}"
+    return text if text.isidentifier() and not keyword.iskeyword(text) and text not in ("self", "run") else f"x_{text}"
 
 
 def _named(run: Callable[..., Any], names: tuple[str, ...], modules: dict[str, torch.nn.Module]) -> torch.nn.Module:

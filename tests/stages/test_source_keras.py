@@ -12,7 +12,7 @@ import pytest
 from deploykit import source_spec
 from deploykit.children import has_module
 from deploykit.errors import InputError, MissingBackend, ModelError
-from deploykit.stages import source, source_keras
+from deploykit.stages import source, source_keras, source_keras_layers
 
 HERE = has_module("keras")
 needs_keras = pytest.mark.skipif(not HERE, reason="keras is not installed: pip install 'deploykit[keras]'")
@@ -57,6 +57,22 @@ def mixed():
 def two():
     a, b = layers.Input(shape=(4,), name="a"), layers.Input(shape=(4,), name="b")
     return keras.Model([a, b], {"total": layers.Add(name="total")([a, b]), "scaled": layers.Rescaling(2.0, name="scaled")(a)})
+
+
+def operators():
+    """A residual block with + and *, between images, with a number, and with an input that is no convolution's output."""
+    inputs = layers.Input(shape=(8, 6, 3), name="lambda")
+    x = layers.Conv2D(3, 3, padding="same")(inputs)
+    x = layers.ReLU()(inputs + x * 0.5)
+    scale = layers.Dense(3, activation="sigmoid")(layers.GlobalAveragePooling2D(keepdims=True)(x))
+    x = keras.ops.add(1.0, layers.Conv2D(3, 1)(x * scale))
+    return keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x)))
+
+
+def reserved():
+    """Names that a Python function cannot give its parameters, or that ours uses itself."""
+    first, second = layers.Input(shape=(4,), name="self"), layers.Input(shape=(4,), name="run")
+    return keras.Model([first, second], layers.Subtract()([first, second]))
 
 
 def unbuilt():
@@ -140,6 +156,31 @@ def test_several_inputs_and_outputs_keep_their_names(factory: Path) -> None:
     found = loaded.run(feeds)
     assert set(found) == {"total", "scaled"}
     assert (found["total"] == feeds["a"] + feeds["b"]).all()
+
+
+@needs_keras
+def test_residuals_written_with_operators_run_on_pytorchs_layers(factory: Path) -> None:
+    import torch
+
+    model = _model(factory, "operators")
+    run, modules, kept = source_keras_layers.graph(model)
+    assert kept == ()
+    assert [type(module).__name__ for module in modules.values()] == ["Conv2d", "Linear", "Conv2d", "Linear"]
+    value = torch.randn(3, 8, 6, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(run(value), model(value, training=False), atol=1e-5)
+    loaded = source.load(source_spec.parse(f"{factory}:operators"))
+    assert [s.name for s in loaded.signature.inputs] == ["x_lambda"]
+    assert not any("Keras's own" in note or "as Keras runs it" in note for note in loaded.notes)
+
+
+@needs_keras
+def test_inputs_named_like_our_own_variables_get_other_names(factory: Path) -> None:
+    loaded = source.load(source_spec.parse(f"{factory}:reserved"))
+    assert [s.name for s in loaded.signature.inputs] == ["x_self", "x_run"]
+    feeds = loaded.feeds(3)
+    (found,) = loaded.run(feeds).values()
+    assert (found == feeds["x_self"] - feeds["x_run"]).all()
 
 
 @needs_keras
