@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-from deploykit.backends import absent
 from deploykit.errors import UnknownName
 from deploykit.session import Backend
 
@@ -28,11 +27,9 @@ ONLY_WHERE_READY = ("onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx
 
 
 def get(name: str) -> Backend:
-    """The backend of that name, absent ones too. Raises UnknownName."""
-    if name in absent.BACKENDS:
-        return absent.BACKENDS[name]
+    """The backend of that name. Raises UnknownName."""
     if name not in MODULES:
-        raise UnknownName("backend", name, [*MODULES, *absent.BACKENDS])
+        raise UnknownName("backend", name, list(MODULES))
     backend: Backend = importlib.import_module(f"deploykit.backends.{MODULES[name]}").BACKEND
     return backend
 
@@ -50,8 +47,3 @@ def default_names() -> tuple[str, ...]:
 def concurrent(name: str) -> bool:
     """Whether a session of that backend can run several requests at once (`Session.streams`)."""
     return bool(getattr(get(name), "concurrent", False))
-
-
-def absent_names() -> tuple[str, ...]:
-    """The backends known by name that this version does not have."""
-    return tuple(absent.BACKENDS)

@@ -56,7 +56,7 @@ class Examination:
 def examine() -> Examination:
     """Looks at the machine and asks every backend; imports no engine."""
     found = []
-    for name in (*backends.names(), *backends.absent_names()):
+    for name in backends.names():
         backend = backends.get(name)
         missing = backend.missing()
         cannot = None if missing else backend.cannot_run()
