@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,18 +11,22 @@ from typing import Any
 
 from deploykit import backends, children, data, machine, preprocess
 from deploykit.artifact import Artifact
+from deploykit.children import BugInChild
 from deploykit.errors import DeploykitError, InputError, MissingBackend, OutOfSpace
 from deploykit.kernel_profile import KINDS
 from deploykit.measurement import Measurement
 from deploykit.pipeline import engines, single
 from deploykit.pipeline.measuring import Entry, Results
 from deploykit.pipeline.request import DataRequest, Narrator, RowsRequest
+from deploykit.pipeline.workshop import backend_code
 from deploykit.preprocess import Preprocess
 from deploykit.session import OpenRequest
-from deploykit.signature import Feeds, ShapeRange
+from deploykit.signature import Feeds, ShapeRange, Signature
 from deploykit.stages import bottleneck
 from deploykit.stages.bottleneck import Explanation
+from deploykit.store import Key, Store, source_hash
 
+FOLDER = "explanations"
 POOL = 4  # different inputs
 PROFILE_TIMEOUT_S = 600.0
 
@@ -43,7 +48,7 @@ def explain(
     """
     engine, name, own = _engine(path, backend_name)
     backend = backends.get(name)
-    missing = backend.missing() or backend.cannot_run()
+    missing = backend.cannot_run()
     if missing is not None:
         raise MissingBackend(f"{path} cannot run here: {missing.why}", missing.remedy)
     size = engine.signature.fixed_batch or batch
@@ -67,10 +72,17 @@ def explain(
 
 
 def of_entries(
-    entries: Sequence[Entry], results: Results, pools: Mapping[int, Sequence[Feeds]], rows: RowsRequest, narrator: Narrator
+    entries: Sequence[Entry],
+    results: Results,
+    pools: Mapping[int, Sequence[Feeds]],
+    pool_digest: str,
+    rows: RowsRequest,
+    store: Store,
+    narrator: Narrator,
 ) -> dict[str, dict[str, Any]]:
     """'name backend precision' -> why it is not faster, of each measured INT8 engine whose runtime has a profile, at its least
-    batch. A profile that fails says so in its 'verdict': it costs no row."""
+    batch; from the store where the same engine was explained before. A profile that fails says so in its 'verdict': it costs
+    no row."""
     found: dict[str, dict[str, Any]] = {}
     for entry in sorted(entries, key=lambda e: e.row.batch):
         row = entry.row
@@ -79,6 +91,13 @@ def of_entries(
         if not quantized or name in found or not isinstance(results.measured.get(row.id), Measurement):
             continue
         count = rows.threads or children.available_threads()
+        key = _key(entry, pool_digest, rows, count)
+        if rows.remeasure:
+            store.drop(FOLDER, key)
+        kept = store.find(FOLDER, key)
+        if kept is not None:
+            found[name] = json.loads(kept.path.read_text())
+            continue
         graph = entry.engine.path if entry.engine.path.suffix == ".onnx" else None
         narrator.step(f"profile {name}, batch {row.batch}")
         try:
@@ -92,12 +111,38 @@ def of_entries(
             )
         except OutOfSpace:
             raise
-        except DeploykitError as exc:
-            found[name] = {"verdict": f"not profiled: {exc.message}", "batch": row.batch, "findings": []}
+        except (DeploykitError, BugInChild) as exc:
+            why = exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
+            found[name] = {"verdict": f"not profiled: {why}", "batch": row.batch, "findings": []}
             continue
         doc = made.to_json()
-        found[name] = {key: doc[key] for key in ("verdict", "batch", "threads", "kinds", "findings")}
+        found[name] = {part: doc[part] for part in ("verdict", "batch", "threads", "kinds", "findings")}
+        _keep(store, key, found[name])
     return found
+
+
+def _key(entry: Entry, pool: str, rows: RowsRequest, threads: int) -> Key:
+    package = Path(__file__).parent.parent
+    code = [*backend_code(entry.row.backend), *sorted((package / "stages" / "bottleneck").glob("*.py"))]
+    code += [package / "kernel_profile.py", package / "quantized_layers.py", Path(__file__)]
+    options: dict[str, Any] = {
+        "engine": [entry.engine.sha256, entry.engine.parent, dict(entry.options)],
+        "row": entry.row.id,
+        "pool": pool,
+        "threads": threads,
+        "shapes": repr(sorted(rows.shapes.items())),
+        "machine": machine.fingerprint(),
+    }
+    return Key("explain", source_hash(*code), None, options, backends.get(entry.row.backend).versions())
+
+
+def _keep(store: Store, key: Key, doc: Mapping[str, Any]) -> None:
+    def build(folder: Path) -> Artifact:
+        path = folder / "explanation.json"
+        path.write_text(json.dumps(doc))
+        return Artifact(path, "explanation", "none", Signature((), ()), "explain")
+
+    store.make(FOLDER, key, build)
 
 
 def _engine(path: Path, backend_name: str | None) -> tuple[Artifact, str, Mapping[str, object]]:

@@ -117,7 +117,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
     report = _report(request, models, samples, table, results, reference, ceilings, origin, loads)
     if results is not None and request.explain:
-        report = replace(report, explanations=bottlenecks.of_entries(entries, results, pools, rows, say))
+        report = replace(report, explanations=bottlenecks.of_entries(entries, results, pools, pool_digest, rows, store, say))
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,
