@@ -19,7 +19,7 @@ from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact, sha256_of
 from deploykit.children import Child, side_by_side
 from deploykit.drift import Drift
-from deploykit.errors import BackendFailed, DeploykitError, ModelError
+from deploykit.errors import BackendFailed, DeploykitError, InputError, ModelError
 from deploykit.measurement import Measurement
 from deploykit.pipeline.plan import PlannedRow
 from deploykit.pipeline.request import Narrator, RowsRequest
@@ -188,11 +188,42 @@ def _accuracy(
             () if first is None else (f"judged at batch {batch}: the reference fails at batch {first[0]} ({first[1].message})",)
         )
         try:
-            return _accuracy_at(batch, reference, list(engines.values()), judge, rows, threads, narrator, notes)
+            found = _accuracy_at(batch, reference, list(engines.values()), judge, rows, threads, narrator, notes)
         except BackendFailed as exc:  # the reference's own: the graph may hold a batch of its own
             first = first or (batch, exc)
+            continue
+        except InputError as exc:
+            if type(exc) is not InputError or batch == reference.row.batch:
+                raise
+            continue  # the reference was not built for so large a batch
+        refused = [
+            e for e in engines.values() if type(found.get(engine_id(e.row))) is InputError and e.row.batch not in (0, batch)
+        ]
+        return found | _at_own_batch(batch, reference, refused, judge, rows, threads, narrator)
     assert first is not None
     raise first[1]
+
+
+def _at_own_batch(
+    batch: int,
+    reference: Entry,
+    refused: Sequence[Entry],
+    judge: Samples,
+    rows: RowsRequest,
+    threads: int,
+    narrator: Narrator,
+) -> dict[str, Drift | DeploykitError]:
+    """The drifts of engines that do not take `batch`, each at its row's own; those that fail there too are left out."""
+    found: dict[str, Drift | DeploykitError] = {}
+    for own in sorted({e.row.batch for e in refused}):
+        part = [e for e in refused if e.row.batch == own]
+        notes = (f"judged at batch {own}: the engine was not built for batch {batch}",)
+        try:
+            made = _accuracy_at(own, reference, part, judge, rows, threads, narrator, notes)
+        except (BackendFailed, InputError):
+            continue  # the reference's own: what the engines said first stands
+        found |= {name: drift for name, drift in made.items() if name != engine_id(reference.row) and isinstance(drift, Drift)}
+    return found
 
 
 def _accuracy_batches(reference: Entry, entries: Sequence[Entry], n: int) -> list[int]:
