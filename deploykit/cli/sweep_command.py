@@ -57,14 +57,14 @@ def sweep(
     limit: o.Limit = None,
     calib: o.CalibFile = None,
     calib_n: o.CalibN = 512,
-    method: o.Method = "minmax",
+    method: o.Method = o.DEFAULT_METHOD,
     shapes: o.Shapes = None,
     store: o.StoreFolder = Path("engines"),
     json_file: o.JsonFile = None,
 ) -> int:
     """The best of batch x threads x streams x precision x backend under limits, with the command that measures it again, and
-    the Pareto front of latency, throughput, accuracy and size. Exit code 1: nothing keeps the limits; 5: the samples are too
-    few to show that the recommendation keeps --max-drop.
+    the Pareto front of latency, throughput, accuracy and size. Exit code 1: nothing keeps the limits; 4: every configuration
+    failed; 5: the samples are too few to show that the recommendation keeps --max-drop.
 
     Example:  deploykit sweep resnet18 --weights none --data digits --max-latency 5ms --max-drop 0.5pp
     """
@@ -72,7 +72,14 @@ def sweep(
     from deploykit.errors import UnknownName
     from deploykit.pipeline import sweeping
     from deploykit.pipeline.line import LineRequest
-    from deploykit.pipeline.request import DataRequest, Int8Request, RowsRequest, SourceRequest
+    from deploykit.pipeline.request import (
+        DEFAULT_CALIBRATION_N,
+        DEFAULT_STORE,
+        DataRequest,
+        Int8Request,
+        RowsRequest,
+        SourceRequest,
+    )
     from deploykit.stages import gate
     from deploykit.stages.sweep import OBJECTIVES, Limits
 
@@ -93,6 +100,12 @@ def sweep(
     given += [("--input", text) for text in inputs or ()]
     given += [("--data", data), ("--calib-data", calib_data), ("--preprocess", preprocess), ("--classes", classes)]
     given += [("--limit", limit), ("--calib", calib), *(("--shapes", text) for text in shapes or ())]
+    defaults: tuple[tuple[str, object, object], ...] = (
+        ("--calib-n", calib_n, DEFAULT_CALIBRATION_N),
+        ("--method", method, o.DEFAULT_METHOD),
+        ("--store", store, DEFAULT_STORE),
+    )
+    given += [(name, value) for name, value, default in defaults if value != default]
     command = ["deploykit", "bench", target, *(x for name, value in given if value is not None for x in (name, str(value)))]
     request = sweeping.SweepRequest(
         line,

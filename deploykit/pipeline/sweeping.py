@@ -18,7 +18,7 @@ from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact
 from deploykit.children import BugInChild, Child
 from deploykit.drift import Drift
-from deploykit.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_PASSED, DeploykitError, InputError, MissingBackend
+from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_PASSED, DeploykitError, InputError, MissingBackend
 from deploykit.measurement import Measurement
 from deploykit.pipeline import line, measuring
 from deploykit.pipeline.line import LineRequest, Ready
@@ -69,10 +69,17 @@ class Swept:
 
     @property
     def exit_code(self) -> int:
-        """0; 1 where nothing keeps the limits; 5 where too few samples judge to show that the recommendation keeps them."""
+        """0; 1 where nothing keeps the limits; 4 where whatever was tried failed to open or run; 5 where too few samples judge
+        to show that the recommendation keeps the limits."""
         if self.found.best is None:
-            return EXIT_FAILED
+            return EXIT_BACKEND if self.all_failed else EXIT_FAILED
         return EXIT_PASSED if self.qualities[self.found.best.engine].shown(self.request.limits) else EXIT_INCONCLUSIVE
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether every configuration that was tried failed to open or run."""
+        tried = [t for t in self.found.trials if t.scores or t.failed]
+        return bool(tried) and all(t.failed for t in tried)
 
     def reproduce(self, configuration: Configuration) -> str:
         """The command that measures a configuration again."""
@@ -108,7 +115,15 @@ class Swept:
 
 def take(request: SweepRequest, say: Narrator) -> Swept:
     """The sweep of one model. Raises what the line raises before it measures, MissingBackend where no engine runs here, and
-    InputError for limits that nothing here could judge."""
+    InputError for limits that nothing here could judge and for mixed precision, whose budget is no limit of a sweep."""
+    if "mixed" in (request.line.rows.precisions or ()):
+        raise InputError(
+            "a sweep does not try mixed precision: a mixed engine is searched for on a budget of its own",
+            "leave it out of --precision; `deploykit bench --precision mixed --min-sqnr 25` measures one",
+        )
+    data = request.line.data.data
+    if request.limits.max_drop_pp is not None and (data is None or data.partition(":")[0] == "random"):
+        raise _no_labels()  # said before anything is built
     made = line.ready(request.line, say)
     if len(made.models) != 1:
         raise InputError("a sweep takes one model", "give one SOURCE or .onnx file")
@@ -116,7 +131,7 @@ def take(request: SweepRequest, say: Narrator) -> Swept:
     if not made.entries:
         raise MissingBackend("no engine of this model runs here: " + "; ".join(f"{k}: {v}" for k, v in absent.items()))
     if request.limits.max_drop_pp is not None and (made.samples.judge is None or made.samples.judge.labels is None):
-        raise InputError("--max-drop needs labelled samples to judge by", "add --data DATA with labels")
+        raise _no_labels()
     space = _space(made, request)
     pools, digest = line.pools_for(made.models[0].signature, made.samples.judge, {c.batch for c in space}, made.rows)
     with _Bench(made, pools, digest, say) as evaluations:
@@ -131,6 +146,10 @@ def take(request: SweepRequest, say: Narrator) -> Swept:
     judge = made.samples.judge
     n = len(judge) if judge is not None else 0
     return Swept(found, qualities, request, absent, n, evaluations.reused, machine.describe(), dict(sorted(versions.items())))
+
+
+def _no_labels() -> InputError:
+    return InputError("--max-drop needs labelled samples to judge by", "add --data DATA with labels")
 
 
 def _most_s(space: Sequence[Configuration]) -> float:
@@ -170,19 +189,23 @@ def _space(made: Ready, request: SweepRequest) -> list[Configuration]:
 
 
 def _qualities(made: Ready, notes: _Notes, say: Narrator) -> dict[tuple[str, str], Quality]:
-    """Accuracy and size of each engine: measured once, on the samples that judge, then kept."""
+    """Accuracy and size of each engine: measured once, on the samples that judge, then kept; what failed is tried anew
+    the next time."""
     sizes = {(e.row.backend, e.row.precision): e.engine.size_bytes for e in made.entries}
-    kept = notes.doc.get("qualities")
+    kept = dict(notes.doc.get("qualities", {}))
+    errors: dict[str, str] = {}
     if made.samples.judge is None:
         return {key: Quality(size_bytes=size) for key, size in sizes.items()}
-    if kept is None:
+    if any(f"{backend} {precision}" not in kept for backend, precision in sizes):
         threads = made.rows.threads or machine.threads()
         drifts = measuring.judged(made.entries, made.samples.judge, made.rows, threads, say)
-        kept = {}
         for entry in made.entries:
             drift = drifts.get(measuring.engine_id(entry.row))
             key = f"{entry.row.backend} {entry.row.precision}"
-            kept[key] = drift.row_figures() if isinstance(drift, Drift) else {}
+            if isinstance(drift, Drift):
+                kept[key] = drift.row_figures()
+            else:
+                errors[key] = drift.message if drift is not None else "was not judged"
         notes.doc["qualities"] = kept
         notes.save()
     found: dict[tuple[str, str], Quality] = {}
@@ -191,7 +214,8 @@ def _qualities(made: Ready, notes: _Notes, say: Narrator) -> dict[tuple[str, str
         drop, high = figures.get("top1_drop_pp"), figures.get("top1_drop_high")
         if drop is None and _is_reference(made, backend, precision) and figures.get("top1") is not None:
             drop = high = 0.0
-        found[backend, precision] = Quality(drop, high, figures.get("agreement"), size)
+        why = errors.get(f"{backend} {precision}", "")
+        found[backend, precision] = Quality(drop, high, figures.get("agreement"), size, why)
     return found
 
 
@@ -311,7 +335,10 @@ def lines(swept: Swept) -> Iterator[str]:
     """The recommendation for a person, its limits and the command that measures it again."""
     best = swept.found.best
     if best is None:
-        yield "nothing here keeps the limits; what came closest, and why it was out:"
+        if swept.all_failed:
+            yield "every configuration that was tried failed to open or run:"
+        else:
+            yield "nothing here keeps the limits; what came closest, and why it was out:"
         yield from (f"  {t.configuration}: {t.out}" for t in swept.found.trials[:5])
         return
     score, quality = swept.found.trial(best).score, swept.qualities[best.engine]
@@ -323,6 +350,8 @@ def lines(swept: Swept) -> Iterator[str]:
         yield f"loses {quality.drop_pp:.2f} pp of top-1{upper} on {swept.judged_on} samples"
     elif quality.agreement is not None:
         yield f"same top-1 as the reference on {quality.agreement:.2%} of {swept.judged_on} samples (no labels)"
+    elif quality.unmeasured:
+        yield f"its accuracy was not measured: {quality.unmeasured}"
     if not quality.shown(swept.request.limits):
         yield f"not shown to keep the limit: {swept.judged_on} samples are too few; give more data"
     measured = sum(bool(t.scores) for t in swept.found.trials)

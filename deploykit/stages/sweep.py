@@ -72,19 +72,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of an engine: the drop in percentage points with its interval (None without labels), and its size."""
+    """Of an engine: the drop in percentage points with its interval (None without labels), and its size; `unmeasured`: the
+    error that its accuracy ended with, '' where there was none."""
 
     drop_pp: float | None = None
     drop_high: float | None = None
     agreement: float | None = None
     size_bytes: int | None = None
+    unmeasured: str = ""
 
     def refuses(self, limits: Limits) -> str:
         """Why this engine cannot be recommended; '' when it can."""
         if limits.max_drop_pp is None:
             return ""
         if self.drop_pp is None:
-            return "its drop in top-1 was not measured"
+            return "its drop in top-1 was not measured" + (f": {self.unmeasured}" if self.unmeasured else "")
         return f"loses {self.drop_pp:.2f} pp of top-1" if self.drop_pp > limits.max_drop_pp else ""
 
     def shown(self, limits: Limits) -> bool:
@@ -99,6 +101,11 @@ class Trial:
     configuration: Configuration
     scores: dict[str, Score] = field(default_factory=dict)
     out: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether its engine could not be opened or run."""
+        return self.out.startswith(_FAILED)
 
     @property
     def effort(self) -> str | None:
@@ -180,6 +187,7 @@ def search(
 
 
 _BEHIND = "behind the best"
+_FAILED = "failed: "
 
 
 def _promise(configuration: Configuration) -> tuple[int, str, int, int, int]:
@@ -249,7 +257,7 @@ def _measure(trials: Sequence[Trial], effort: str, evaluate: Evaluate) -> None:
         if isinstance(result, Score):
             trial.scores[effort] = result
         else:
-            trial.out = f"failed: {result}"
+            trial.out = f"{_FAILED}{result}"
 
 
 def _too_slow(trial: Trial, limits: Limits, effort: str) -> bool:

@@ -12,6 +12,7 @@ from deploykit.cli import parsing
 from deploykit.cli.main import run
 from deploykit.errors import InputError
 from deploykit.pipeline import sweeping
+from deploykit.pipeline.line import LineRequest
 from deploykit.stages import bench
 
 
@@ -73,3 +74,19 @@ def test_a_sweep_s_json_is_alone_on_standard_output(
     assert doc["recommended"]["backend"] == "onnxruntime"
     assert f"deploykit bench {model}" in doc["recommended"]["command"]
     assert len(doc["trials"]) == 2
+    assert f"--store {tmp_path / 'store'}" in doc["recommended"]["command"]
+
+
+def test_the_command_that_measures_again_asks_for_the_same_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[sweeping.SweepRequest] = []
+
+    def take(request: sweeping.SweepRequest, say: object) -> sweeping.Swept:
+        asked.append(request)
+        raise InputError("enough")
+
+    monkeypatch.setattr(sweeping, "take", take)
+    assert run(["sweep", "m.onnx"]) == 2
+    assert run(["sweep", "m.onnx", "--method", "entropy", "--calib-n", "64", "--store", "other"]) == 2
+    assert asked[0].line.data == LineRequest(()).data  # as `bench` calibrates
+    assert asked[0].command == ("deploykit", "bench", "m.onnx")
+    assert asked[1].command[3:] == ("--calib-n", "64", "--method", "entropy", "--store", "other")

@@ -12,7 +12,7 @@ import tiny_models
 from deploykit import children, report_document
 from deploykit.errors import BackendFailed, InputError
 from deploykit.loadgen import LoadOutcome
-from deploykit.pipeline import delivery, line, rooflines, scenarios, sweeping
+from deploykit.pipeline import delivery, line, measuring, rooflines, scenarios, sweeping
 from deploykit.pipeline.line import LineRequest, LineResult
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
 from deploykit.roofline import Ceilings
@@ -217,3 +217,40 @@ def test_a_sweep_that_nothing_can_keep_says_so(request_: LineRequest, short: Non
 def test_a_drop_cannot_be_limited_without_labels(request_: LineRequest) -> None:
     with pytest.raises(InputError, match="labelled samples"):
         sweeping.take(sweeping.SweepRequest(request_, Limits(max_drop_pp=0.5)), Silent())
+
+
+def test_a_drop_without_labels_is_said_before_anything_is_built(request_: LineRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "ready", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(InputError, match="labelled samples"):
+        sweeping.take(sweeping.SweepRequest(request_, Limits(max_drop_pp=0.5)), Silent())
+
+
+def test_mixed_precision_is_refused_with_what_to_do_instead(request_: LineRequest) -> None:
+    asked = replace(request_, rows=replace(request_.rows, precisions=("fp32", "mixed")))
+    with pytest.raises(InputError, match="does not try mixed precision"):
+        sweeping.take(sweeping.SweepRequest(asked, Limits(max_drop_pp=0.5)), Silent())
+
+
+def test_an_accuracy_that_failed_is_said_and_measured_anew_the_next_time(
+    request_: LineRequest, short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = sweeping.SweepRequest(replace(request_, store=tmp_path / "store"), Limits(), (1,))
+    judged = measuring.judged
+    monkeypatch.setattr(
+        measuring, "judged", lambda entries, *_: {measuring.engine_id(e.row): BackendFailed("ran out") for e in entries}
+    )
+    swept = sweeping.take(asked, Silent())
+    assert swept.qualities["onnxruntime", "fp32"].unmeasured == "ran out"
+    assert "its accuracy was not measured: ran out" in list(sweeping.lines(swept))
+    assert "not measured: ran out" in swept.qualities["onnxruntime", "fp32"].refuses(Limits(max_drop_pp=1.0))
+    monkeypatch.setattr(measuring, "judged", judged)
+    assert sweeping.take(asked, Silent()).qualities["onnxruntime", "fp32"].agreement == 1.0
+
+
+def test_a_sweep_where_everything_fails_ends_with_the_backend_s_code(
+    request_: LineRequest, short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping._Bench, "evaluate", lambda self, configurations, effort: dict.fromkeys(configurations, "broke"))
+    swept = sweeping.take(sweeping.SweepRequest(request_, Limits(), (1,)), Silent())
+    assert swept.exit_code == 4
+    assert "failed to open or run" in next(sweeping.lines(swept))
