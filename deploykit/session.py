@@ -92,7 +92,8 @@ class Backend(Protocol):
         ...
 
     def cannot_run(self) -> Missing | None:
-        """Why an engine built here cannot run here (no GPU), and the fix; None when it can."""
+        """Why a finished engine cannot run here (no runtime, no GPU), and the fix; None when it can. Asks nothing that only
+        building needs: an engine from another machine may be all there is."""
         ...
 
     def versions(self) -> dict[str, str]:

@@ -44,8 +44,8 @@ class Tvm:
         return installed.missing("tvm", self.extra) or compiling.no_linker("cpu")
 
     def cannot_run(self) -> Missing | None:
-        """None: what it builds for 'cpu' runs on this CPU."""
-        return None
+        """No TVM: what it builds for 'cpu' runs on this CPU, and needs no compiler any more."""
+        return installed.missing("tvm", self.extra)
 
     def versions(self) -> dict[str, str]:
         """The installed TVM and its foreign-function layer."""

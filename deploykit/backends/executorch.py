@@ -39,8 +39,8 @@ class ExecuTorch:
         return installed.missing("torch", self.extra) or installed.missing("executorch", self.extra)
 
     def cannot_run(self) -> Missing | None:
-        """None: XNNPACK runs on any CPU that ExecuTorch's wheels are for."""
-        return None
+        """The same as `missing`: XNNPACK runs on any CPU that ExecuTorch's wheels are for, and its Python binding needs torch."""
+        return self.missing()
 
     def versions(self) -> dict[str, str]:
         """The installed ExecuTorch, the quantizer's torchao, and torch."""

@@ -35,8 +35,8 @@ class LiteRt:
         return None
 
     def cannot_run(self) -> Missing | None:
-        """None: what it builds runs on any CPU."""
-        return None
+        """No LiteRT runtime: what it builds runs on any CPU, and needs no converter any more."""
+        return installed.missing("ai_edge_litert", self.extra)
 
     def versions(self) -> dict[str, str]:
         """The installed converter, quantizer and runtime, and torch, which traces the model."""

@@ -53,8 +53,8 @@ class OnnxRuntime:
         return installed.missing("onnxruntime", self.extra)
 
     def cannot_run(self) -> Missing | None:
-        """None: what it builds runs on any CPU."""
-        return None
+        """The same as `missing`: what it builds runs on any CPU."""
+        return self.missing()
 
     def versions(self) -> dict[str, str]:
         """The installed ONNX Runtime, under the name of its distribution."""

@@ -35,8 +35,8 @@ class OpenVino:
         return installed.missing("openvino", self.extra)
 
     def cannot_run(self) -> Missing | None:
-        """None: what it builds runs on any CPU."""
-        return None
+        """The same as `missing`: what it builds runs on any CPU."""
+        return self.missing()
 
     def versions(self) -> dict[str, str]:
         """The installed OpenVINO."""

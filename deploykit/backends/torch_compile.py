@@ -37,8 +37,8 @@ class TorchCompile:
         return None
 
     def cannot_run(self) -> Missing | None:
-        """None: what it compiles runs on this CPU."""
-        return None
+        """The same as `missing`: it compiles when a session is opened."""
+        return self.missing()
 
     def versions(self) -> dict[str, str]:
         """The installed torch."""

@@ -30,8 +30,8 @@ class TorchEager:
         return installed.missing("torch", self.extra)
 
     def cannot_run(self) -> Missing | None:
-        """None: it runs on any CPU."""
-        return None
+        """The same as `missing`: it runs on any CPU."""
+        return self.missing()
 
     def versions(self) -> dict[str, str]:
         """The installed torch."""

@@ -35,7 +35,7 @@ class Runner:
     def __init__(self, path: Path, batch: int, *, threads: int | None = None) -> None:
         backend_name, self.engine, self.facts = opened_as(path)
         backend = backends.get(backend_name)
-        missing = backend.missing() or backend.cannot_run()
+        missing = backend.cannot_run()
         if missing is not None:
             raise MissingBackend(f"{path} cannot run here: {missing.why}", missing.remedy)
         self.signature = self.engine.signature

@@ -65,7 +65,7 @@ def _engine_model(engine: Artifact, request: RowsRequest) -> Target:
     name = str(engine.options.get("model") or engine.path.stem)
     if request.backends is not None and backend_name not in request.backends:
         raise InputError(f"{engine.path.name} is an engine of {backend_name}, not of {', '.join(request.backends)}")
-    missing = backend.missing() or backend.cannot_run()
+    missing = backend.cannot_run()
     if missing is not None:
         raise MissingBackend(f"{engine.path.name} cannot run here: {missing.why}", missing.remedy)
     fixed = engine.signature.fixed_batch

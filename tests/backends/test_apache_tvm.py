@@ -67,6 +67,7 @@ def test_every_precision_but_fp32_is_refused_with_a_reason() -> None:
 def test_a_missing_compiler_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "apt-get install g++" in str(BACKEND.missing())
+    assert BACKEND.cannot_run() is None, "a finished library needs no compiler"
     assert "apt-get install g++-aarch64-linux-gnu" in str(BACKEND.unsupported("fp32", "linux-arm64"))
     monkeypatch.setattr(shutil, "which", lambda name: None if name.startswith("qemu") else f"/usr/bin/{name}")
     assert "apt-get install qemu-user-static" in str(apache_tvm_arm.missing())
