@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform as machine
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from deploykit.errors import InputError, UnknownName
 PLATFORMS = ("android", "ios", "linux-arm", "linux-x86")
 _LINUX = ("linux-arm", "linux-x86")
 _ARM_TARGETS = ("linux-arm", "aarch64", "arm")
+_X86_TARGETS = ("x86", "amd64", "i386", "i486", "i586", "i686")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ def _why_not(backend: str) -> str:
 
 def _require_machine(engine: Artifact, platform: str) -> None:
     """Raises InputError for a compiled library of another processor than the platform's."""
-    arm = engine.device.startswith(_ARM_TARGETS)
-    if arm != (platform == "linux-arm"):
-        made = engine.device if arm else "this machine's x86 CPU"
-        wanted = "an ARM target (see `deploykit build --help`)" if platform == "linux-arm" else "--target cpu"
-        raise InputError(f"{engine.path.name} was compiled for {made}, not for {platform}", f"build it for {wanted}")
+    cross = engine.device.startswith(_ARM_TARGETS)
+    made = str(engine.facts.get("triple") or (engine.device if cross else machine.machine()))
+    wanted = _ARM_TARGETS if platform == "linux-arm" else _X86_TARGETS
+    if not made.lower().startswith(wanted):
+        target = "linux-arm64, or on such a board for cpu" if platform == "linux-arm" else "cpu on an x86 machine"
+        raise InputError(f"{engine.path.name} was compiled for {made}, not for {platform}", f"build it for the target {target}")
 
 
 def closest(engine: Artifact, platform: str) -> str:

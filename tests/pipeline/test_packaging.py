@@ -143,10 +143,20 @@ def test_a_combination_without_sense_names_the_closest(backend: str, platform: s
     assert says in str(caught.value)
 
 
-def test_a_library_goes_to_the_processor_it_was_compiled_for() -> None:
+def test_a_library_made_on_an_arm_board_is_one_for_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = replace(_fake("tvm", "fp32"), facts={"triple": "aarch64-unknown-linux-gnu"})
+    assert require(board, "tvm", "linux-arm").title == "Apache TVM"
+    with pytest.raises(InputError, match="aarch64"):
+        require(board, "tvm", "linux-x86")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert require(_fake("tvm", "fp32"), "tvm", "linux-arm").title == "Apache TVM"
+
+
+def test_a_library_goes_to_the_processor_it_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert require(_fake("tvm", "fp32"), "tvm", "linux-x86").title == "Apache TVM"
     assert require(_fake("tvm", "fp32", "linux-arm64"), "tvm", "linux-arm").title == "Apache TVM"
-    with pytest.raises(InputError, match="x86"):
+    with pytest.raises(InputError, match="x86_64"):
         require(_fake("tvm", "fp32"), "tvm", "linux-arm")
     with pytest.raises(InputError, match="linux-arm64"):
         require(_fake("tvm", "fp32", "linux-arm64"), "tvm", "linux-x86")
