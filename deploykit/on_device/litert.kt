@@ -1,5 +1,6 @@
 // The engine on LiteRT. app/build.gradle.kts: implementation("com.google.ai.edge.litert:litert:2.3.0") or newer.
 // For a GPU or NPU choose another Accelerator, and run check() again: its arithmetic is another one.
+// One input and one output: the buffers of several come in an order that is LiteRT's own. The batch is the file's: no resizing.
 package ondevice
 
 import android.content.Context
@@ -12,9 +13,9 @@ class Engine(context: Context, private val facts: Facts) : AutoCloseable {
     private val outputs = model.createOutputBuffers()
 
     fun infer(feeds: Map<String, FloatArray>): Map<String, FloatArray> {
-        facts.inputs.forEachIndexed { i, port -> inputs[i].writeFloat(feeds.getValue(port.name)) }
+        inputs.single().writeFloat(feeds.getValue(facts.inputs.single().name))
         model.run(inputs, outputs)
-        return facts.outputs.mapIndexed { i, port -> port.name to outputs[i].readFloat() }.toMap()
+        return mapOf(facts.outputs.single().name to outputs.single().readFloat())
     }
 
     override fun close() = model.close()

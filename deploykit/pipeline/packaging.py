@@ -69,10 +69,14 @@ def package(path: Path, request: PackageRequest, out: Path, narrator: Narrator) 
     batch = engine.signature.fixed_batch or request.batch
     if request.platform in _PHONES:
         _require_floats(engine)
+    if backend == "litert" and request.platform == "android":
+        _require_kotlin(engine, batch)
     own, names = _preprocess(facts, request), _classes(facts, request)
     narrator.step(f"expected outputs of {path.name}")
     samples = _samples(engine, request, own, batch)
     inputs, outputs = _cases(path, engine, request, samples, batch)
+    if backend == "litert" and request.platform in _PHONES:
+        inputs, outputs = _in_file_order(engine, "inputs", inputs), _in_file_order(engine, "outputs", outputs)
     notes = [*samples.notes] if not samples.random else ["the check's inputs are random: --data takes real ones"]
     with scratch_beside(out) as scratch:
         folder = scratch / "package"
@@ -115,6 +119,33 @@ def _require_floats(engine: Artifact) -> None:
             f"the examples for phones feed float32 only, and this engine has {what}",
             "package it for linux-arm, or build it with float inputs and outputs",
         )
+
+
+def _require_kotlin(engine: Artifact, batch: int) -> None:
+    """Raises InputError for what LiteRT's Kotlin API cannot do: give a file another batch than it was traced at, which is 1
+    for a file of any batch; take several inputs or outputs safely, since it numbers them in an order of its own."""
+    files = engine.facts.get("files") or {"0": engine.path.name}
+    if batch != 1 and engine.signature.fixed_batch is None and "0" in files:
+        raise InputError(
+            f"{engine.path.name} is resized to batch {batch} where it runs, and LiteRT's Kotlin API cannot resize",
+            "use --batch 1, or package it for ios, linux-arm or linux-x86",
+        )
+    several = [kind for kind in ("inputs", "outputs") if len(getattr(engine.signature, kind)) > 1]
+    if several:
+        raise InputError(
+            f"{engine.path.name} has several {' and '.join(several)}, and which is which LiteRT's Kotlin API does not say by position",
+            "package it for ios, linux-arm or linux-x86, or build it for --backend executorch or onnxruntime",
+        )
+
+
+def _in_file_order(engine: Artifact, kind: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays as the .tflite itself numbers them: the Swift example knows inputs and outputs by position only."""
+    names = [str(row["name"]) for row in engine.facts.get(kind) or ()]
+    if len(arrays) > 1 and sorted(names) != sorted(arrays):
+        raise InputError(
+            f"the manifest of {engine.path.name} does not say in which order the file has its {kind}", "build it again"
+        )
+    return {name: arrays[name] for name in names} if len(arrays) > 1 else dict(arrays)
 
 
 def _preprocess(facts: Mapping[str, Any], request: PackageRequest) -> Preprocess | None:
