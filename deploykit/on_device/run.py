@@ -49,7 +49,7 @@ def preprocessed(path: Path, how: dict[str, Any]) -> NDArray[Any]:
 
 
 def main() -> int:
-    """Prints the classes; 2 where the package says nothing about images."""
+    """Prints the classes; 2 where the package says nothing about images, or gives no class scores."""
     from engine import Engine
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,11 +62,15 @@ def main() -> int:
     how = json.loads((MODEL / "preprocess.json").read_text())
     names = (MODEL / "classes.txt").read_text().splitlines() if (MODEL / "classes.txt").is_file() else []
     facts = model_facts()
+    given = facts["outputs"][0]
+    if len(given["shape"]) != 2:
+        sys.stderr.write(f"output {given['name']} has shape {given['shape']}: no class scores; use engine.Engine instead\n")
+        return 2
     engine = Engine(MODEL, facts)
     for path in options.images:
         one = preprocessed(path, how)
         batch = np.stack([one] * facts["batch"])  # the engine was packaged for this batch
-        scores = next(iter(engine.infer({how["input"]: batch}).values()))[0].astype(np.float64)
+        scores = engine.infer({how["input"]: batch})[given["name"]][0].astype(np.float64)
         shares = np.exp(scores - scores.max())
         shares /= shares.sum()
         sys.stdout.write(f"{path}\n")

@@ -91,9 +91,12 @@ def package(path: Path, request: PackageRequest, out: Path, narrator: Narrator) 
         with (model / "expected.npz").open("wb") as stream:
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
         _write_example(backend, request.platform, folder, inputs, outputs)
-        (folder / "README.md").write_text(package_text.readme(engine, backend, runtime, request.platform, own is not None))
+        images = (model / "preprocess.json").is_file()
+        classes = next(iter(outputs.values())).ndim == 3  # cases, batch, classes
+        text = package_text.readme(engine, backend, runtime, request.platform, images=images, classes=classes)
+        (folder / "README.md").write_text(text)
         if request.platform not in _PHONES:
-            (folder / "requirements.txt").write_text(package_text.requirements(engine, runtime, images=own is not None))
+            (folder / "requirements.txt").write_text(package_text.requirements(engine, runtime, images=images))
             notes += _checked_here(engine, folder, narrator)
         else:
             notes.append("the Kotlin and Swift files are not compiled here; check() tests them on a device")
@@ -266,7 +269,10 @@ def _write_preprocess(engine: Artifact, own: Preprocess | None, model: Path) -> 
         target: ImageInput = image_input(engine.signature, own)
     except DataError as exc:
         return [f"no preprocess.json: {exc.message}"]
-    size = {"channels": target.channels, "height": target.height, "width": target.width}
+    if target.layout not in ("nchw", "nhwc"):
+        spec = engine.signature.inputs[0]
+        return [f"no preprocess.json: input {spec} has no axis of channels, and the examples write pictures with one"]
+    size = {"layout": target.layout, "channels": target.channels, "height": target.height, "width": target.width}
     _write_json(model / "preprocess.json", {"input": target.name, "dtype": target.dtype, **own.to_json(), **size})
     return []
 

@@ -15,8 +15,10 @@ import tiny_models
 from deploykit import backends, graph
 from deploykit.artifact import Artifact
 from deploykit.errors import InputError, UnknownName
+from deploykit.pipeline import package_text, packaging
 from deploykit.pipeline.packaging import PackageRequest, package
 from deploykit.pipeline.platforms import PLATFORMS, RUNTIMES, require
+from deploykit.preprocess import Preprocess
 from deploykit.session import BuildRequest
 from deploykit.signature import Signature, TensorSpec
 
@@ -166,6 +168,70 @@ def test_an_unknown_platform_is_named_with_the_choices() -> None:
     with pytest.raises(UnknownName, match="did you mean 'android'"):
         require(_fake("litert"), "litert", "androit")
     assert len(PLATFORMS) == 4
+
+
+def _tflite(batch: int | str = "batch", inputs: tuple[str, ...] = ("x",), **facts: object) -> Artifact:
+    signature = Signature(
+        tuple(TensorSpec(name, "float32", (batch, 3)) for name in inputs), (TensorSpec("y", "float32", (batch, 2)),)
+    )
+    options = {"backend": "litert", "model": "net"}
+    return Artifact(Path("m.tflite"), "litert", "fp32", signature, "engine", options=options, facts=facts)
+
+
+def test_kotlin_gets_no_batch_that_it_would_have_to_resize_to() -> None:
+    any_batch, of_four = {"0": "m.tflite"}, {"1": "m.tflite", "4": "m-batch4.tflite"}
+    packaging._require_kotlin(_tflite(files=any_batch), 1)
+    packaging._require_kotlin(_tflite(files=of_four), 4)
+    packaging._require_kotlin(_tflite(4, files={"4": "m.tflite"}), 4)
+    with pytest.raises(InputError, match="--batch 1"):
+        packaging._require_kotlin(_tflite(files=any_batch), 4)
+    with pytest.raises(InputError, match="several inputs"):
+        packaging._require_kotlin(_tflite(inputs=("a", "b"), files=any_batch), 1)
+
+
+def test_swift_gets_the_files_own_order() -> None:
+    arrays = {"a": np.zeros(1), "b": np.zeros(2)}
+    engine = _tflite(inputs=("a", "b"))
+    ordered = replace(engine, facts={"inputs": [{"name": "b"}, {"name": "a"}]})
+    assert list(packaging._in_file_order(ordered, "inputs", arrays)) == ["b", "a"]
+    with pytest.raises(InputError, match="which order"):
+        packaging._in_file_order(engine, "inputs", arrays)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"), [(("batch", 8, 8), None), (("batch", 8, 8, 3), "nhwc"), (("batch", 3, 8, 8), "nchw")]
+)
+def test_preprocess_json_has_the_inputs_layout_or_is_not_there(
+    shape: tuple[int | str, ...], layout: str | None, tmp_path: Path
+) -> None:
+    engine = replace(_tflite(), signature=Signature((TensorSpec("x", "float32", shape),), ()))
+    notes = packaging._write_preprocess(engine, Preprocess(layout=layout or "nchw"), tmp_path)
+    written = tmp_path / "preprocess.json"
+    assert written.is_file() == (layout is not None) == (not notes)
+    if layout is not None:
+        assert json.loads(written.read_text())["layout"] == layout
+
+
+def test_outputs_that_are_no_class_scores_are_said_so(engine: Artifact, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    made = package(engine.path, PackageRequest("linux-x86", cases=1, preprocess=PREPROCESS), out, Quiet())
+    assert "model/preprocess.json" in made.files
+    facts = json.loads((out / "model" / "model.json").read_text())
+    facts["outputs"][0]["shape"].append(5)
+    (out / "model" / "model.json").write_text(json.dumps(facts))
+    ran = subprocess.run([sys.executable, "run.py", "any.png"], cwd=out, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "no class scores" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_the_words_speak_of_pictures_only_where_they_go_in() -> None:
+    engine, runtime = _tflite(), RUNTIMES["litert"]
+    for platform in PLATFORMS:
+        with_, without = (
+            package_text.readme(engine, "litert", runtime, platform, images=images, classes=True) for images in (True, False)
+        )
+        assert "preprocess" in with_ and "preprocess" not in without
+    assert "run.py" not in package_text.readme(engine, "litert", runtime, "linux-arm", images=True, classes=False)
 
 
 def test_phones_take_floats_only(tmp_path: Path) -> None:
