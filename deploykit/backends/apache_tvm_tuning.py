@@ -40,10 +40,11 @@ class Tasks:
         """Seconds of one run as the sum of its functions' best times."""
         return sum(weight * best for weight, best in zip(self.weights, self.best_s, strict=True))
 
-    def next(self) -> int:
-        """The task whose share of a run, divided by the rounds it already had, is largest."""
+    def next(self) -> int | None:
+        """The task whose share of a run, divided by the rounds it already had, is largest; None when no task takes time,
+        so that a search has nothing to find."""
         shares = [w * b / (1 + r) for w, b, r in zip(self.weights, self.best_s, self.rounds, strict=True)]
-        return max(range(len(shares)), key=shares.__getitem__)
+        return max(range(len(shares)), key=shares.__getitem__) if any(share > 0 for share in shares) else None
 
 
 def missing() -> Missing | None:
@@ -81,6 +82,7 @@ def mend(folder: Path) -> int:
 
 def search(module: Any, machine: Machine, threads: int, seconds: float, folder: Path) -> dict[str, Any]:
     """Searches for up to `seconds` (the round in hand is finished), measuring on this CPU; what is found is in `folder`.
+    A graph of which nothing can be tuned ends it at once.
 
     Returns what the manifest says of it: seconds, rounds, candidates measured, and the curve [(seconds, estimated seconds
     of one run)]. Raises MissingBackend without xgboost, BackendFailed.
@@ -109,7 +111,10 @@ def search(module: Any, machine: Machine, threads: int, seconds: float, folder: 
         _keep(folder, curve[-1], "default schedules")
         model = ms.cost_model.XGBModel(num_tuning_cores=1)
         while (passed := time.perf_counter() - start) < seconds:
-            at = tasks.next()
+            chosen = tasks.next()
+            if chosen is None:
+                break
+            at = chosen
             children.report_progress(f"tune: {tasks.names[at]}, {tasks.total_s * 1e3:.2f} ms a run so far", passed / seconds)
             _round(tasks, at, database, builder, runner, model, target, folder)
             curve.append((time.perf_counter() - start, tasks.total_s))

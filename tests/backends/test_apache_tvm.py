@@ -136,6 +136,15 @@ def test_a_search_is_refused_where_it_cannot_measure(monkeypatch: pytest.MonkeyP
         apache_tvm_tuning.search(None, apache_tvm_compile.arm(), 1, 1.0, tmp_path)
 
 
+def test_the_search_takes_what_costs_most_and_ends_where_nothing_does() -> None:
+    tasks = apache_tvm_tuning.Tasks(["a", "b"], [None, None], [1, 3], [2.0, 1.0], [0, 0])
+    assert tasks.next() == 1
+    tasks.rounds[1] = 1
+    assert tasks.next() == 0
+    assert apache_tvm_tuning.Tasks([], [], []).next() is None
+    assert apache_tvm_tuning.Tasks(["a", "b"], [None, None], [1, 3], [0.0, 0.0], [0, 0]).next() is None
+
+
 def test_a_killed_searchs_last_line_is_cut_off(tmp_path: Path) -> None:
     record = tmp_path / "database_tuning_record.json"
     record.write_text('[0, "whole"]\n[1, "unfin')
