@@ -85,7 +85,8 @@ def _batches(signature: Signature, request: BuildRequest, traced: Any) -> tuple[
             axis, value = signature.batch_axis(spec), values.get(spec.name)
             limits = None if axis is None or value is None else traced.range_constraints.get(value.shape[axis].node.expr)
             if limits is not None:
-                low, high = max(low, int(limits.lower)), min(high, int(limits.upper))
+                low = max(low, int(limits.lower))
+                high = int(limits.upper) if limits.upper < high else high  # unbounded, upper is no int
     return low, max(low, high)
 
 
