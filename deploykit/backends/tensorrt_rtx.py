@@ -224,7 +224,7 @@ class _Second:
         if made.build_s > _VERIFY_UP_TO_S:
             return f"not checked: one build takes {made.build_s:.0f} s"
         try:
-            size, sha256, table = self._child.finish()
+            size, sha256, table = self._child.finish(timeout_s=_VERIFY_UP_TO_S)
         except BackendFailed as exc:
             return f"not checked: the second build failed ({exc.message})"
         if sha256 == hashlib.sha256(made.data).hexdigest():
