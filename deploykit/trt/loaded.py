@@ -242,7 +242,9 @@ class LoadedPlan:
                 else "off (TensorRT-RTX cannot capture this graph)"
             )
             self.notes.append(f"CUDA graph: {said}")
-            kernels = "taken from the runtime cache" if self._cached else "compiled for this GPU"
+            kernels = (
+                "taken from the runtime cache" if self._cached and self._kernels() == self._cached else "compiled for this GPU"
+            )
             self.notes.append(
                 f"ready after {(self._context_s + self._first_run_s) * 1e3:.1f} ms (context {self._context_s * 1e3:.1f}, first run "
                 f"{self._first_run_s * 1e3:.1f}): kernels {kernels}, not in the timings"
@@ -259,11 +261,15 @@ class LoadedPlan:
         self._graph = self._own(graph, self._gpu.destroy_graph)
         self.notes.append("CUDA graph: on")
 
+    def _kernels(self) -> bytes:
+        """The runtime cache as it is now: what was loaded, and what was compiled since."""
+        return bytes(memoryview(self._cache.serialize()))
+
     def _save_runtime_cache(self) -> None:
         """Keeps the kernels for the next process, where that can be written; they can always be compiled again."""
         if self._cache is None or self._cache_path is None:
             return
-        kernels = bytes(memoryview(self._cache.serialize()))
+        kernels = self._kernels()
         if kernels == self._cached:
             return
         try:
