@@ -29,7 +29,7 @@ class Measurement:
 
     loads_s, peaks_rss_bytes: of each launch, where they are known; load_s and peak_rss_bytes are the last launch's.
     turns: of each launch, the number of the turns it took part in: rows with the same number ran side by side. Empty where
-    all rows of the group did, launch by launch.
+    all rows of the group did, launch by launch. streams: requests at once, where it is known.
     """
 
     batch: int
@@ -47,6 +47,7 @@ class Measurement:
     loads_s: tuple[float, ...] = ()
     peaks_rss_bytes: tuple[int, ...] = ()
     turns: tuple[int, ...] = ()
+    streams: int | None = None
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -107,6 +108,7 @@ class Measurement:
             "loads_s": list(self.loads_s),
             "peaks_rss_bytes": list(self.peaks_rss_bytes),
             "turns": list(self.turns),
+            "streams": self.streams,
         }
 
     @classmethod

@@ -28,7 +28,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("top1", "top5", "agreement"), (0.0, 1.0)),
     **dict.fromkeys(("images_per_s", "p50_s", "p90_s", "p95_s", "p99_s", "cov", "speedup", "speedup_low"), (0.0, math.inf)),
     **dict.fromkeys(("speedup_high", "size_bytes", "peak_rss_bytes", "build_s", "roofline_share"), (0.0, math.inf)),
-    **dict.fromkeys(("n_timed", "threads"), (0, math.inf)),
+    **dict.fromkeys(("n_timed", "threads", "streams"), (0, math.inf)),
     **dict.fromkeys(("top1_drop_pp", "top1_drop_low", "top1_drop_high"), (-100.0, 100.0)),
     "batch": (1, math.inf),
 }

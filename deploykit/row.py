@@ -12,7 +12,8 @@ class Row:
     """status: ok | built | skipped | failed. Times in seconds, top1/top5/agreement/cov as fractions, drops in
     percentage points (positive = worse), speedup over the report's reference at the same batch. roofline_share: of the
     nearer ceiling, a fraction; bound_by: compute | memory | overhead. scenario: of
-    MLPerf's LoadGen, its figure in `scenario_unit` (s or samples/s), and its own verdict."""
+    MLPerf's LoadGen, its figure in `scenario_unit` (s or samples/s), and its own verdict. streams: requests at once, which
+    share the threads."""
 
     name: str
     backend: str
@@ -52,6 +53,7 @@ class Row:
     scenario_value: float | None = None
     scenario_unit: str | None = None
     scenario_valid: bool | None = None
+    streams: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:

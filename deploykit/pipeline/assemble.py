@@ -155,6 +155,7 @@ def _measured(row: PlannedRow, measured: Measurement, built: Built, results: Res
         build_s=engine.facts.get("build_s"),
         clock=measured.clock,
         boundary=measured.boundary,
+        streams=measured.streams,
         notes="; ".join(dict.fromkeys(notes)),
         **figures,
     )

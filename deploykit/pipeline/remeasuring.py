@@ -27,6 +27,7 @@ EngineKey = tuple[str, str, str, str]  # model, backend, precision, device
 # launches tell more than few long ones: processes of one engine differ more than rounds of one process do.
 BLOCKS: Mapping[str, tuple[int, int]] = {"smoke": (5, 1), "quick": (6, 2), "standard": (10, 2), "mlperf": (20, 2)}
 _ASKED = re.compile(r"(.*) \((\S+) asked\)")
+_TARGET = re.compile(r"\b(cpu|sm\d+)\)?$")  # of a row's device: 'cpu', 'sm89', 'NVIDIA L4 (sm89)'
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure(
     for was, now, _ in gates.pairs_of(new.rows, [r for r in old.rows if not gates.is_copy(r)]):
         if now is None or now.status != "ok" or was.status != "ok" or not limits.of(now).timed:
             continue
-        pair = _pair(now, mine.get(_key(now)), theirs.get(_key(was)))
+        pair = _pair(now, _engine(now, mine), _engine(was, theirs))
         if isinstance(pair, Pair):
             pairs.append(pair)
         else:
@@ -140,16 +141,23 @@ def _targets(pair: Pair) -> Sequence[bench.Target]:
     found = []
     for name, engine in (("old", pair.old), ("again", pair.old), ("new", pair.new)):
         ranges = {k: ShapeRange(*(tuple(x) for x in v)) for k, v in dict(engine.options.get("shapes", {})).items()}
-        request = OpenRequest(engine.precision, row.batch, row.threads or machine.threads(), ranges)
+        options = {"streams": row.streams} if row.streams and row.streams > 1 else {}
+        request = OpenRequest(engine.precision, row.batch, row.threads or machine.threads(), ranges, options)
         label = f"{row.label} ({name})"
         found.append(bench.Target(label, row.backend, engine.path, request, row.label, reference=name == "old"))
     return found
 
 
-def _key(row: Row) -> EngineKey:
+def _engine(row: Row, engines: Mapping[EngineKey, Artifact]) -> Artifact | None:
+    """The engine of a row: by its name, backend and precision, and where several have these, by the device that the row
+    ran on or was built for. None where it cannot be told."""
     asked = _ASKED.fullmatch(row.name)
     name, precision = (asked[1], asked[2]) if asked else (row.name, row.precision)
-    return (name, row.backend, precision, "cpu")
+    found = {key[3]: engine for key, engine in engines.items() if key[:3] == (name, row.backend, precision)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    target = _TARGET.search(row.device or "cpu")
+    return found.get(target[1]) if target else None
 
 
 def _pair(row: Row, new: Artifact | None, old: Artifact | None) -> Pair | gates.Settled:

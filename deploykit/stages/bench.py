@@ -263,6 +263,7 @@ def _result(item: _Collected, span: Duration, environment: Mapping[str, Any]) ->
         loads_s=tuple(item.loads_s),
         peaks_rss_bytes=tuple(item.peaks_rss_bytes),
         turns=tuple(item.turns),
+        streams=last.opened.streams,
     )
 
 

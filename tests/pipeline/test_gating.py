@@ -11,15 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import report_rows
 import tiny_models
 
 from deploykit import machine, report_document
+from deploykit.artifact import Artifact
 from deploykit.errors import ChildDied, InputError
 from deploykit.pipeline import baselines, delivery, gating, line, remeasuring
 from deploykit.pipeline.gating import Again, GateRequest
 from deploykit.pipeline.request import DataRequest, Int8Request, RowsRequest, SourceRequest
+from deploykit.row import Row
+from deploykit.signature import Signature
 from deploykit.stages import gate as gates
 from deploykit.stages.gate import Limits, LimitSet, Rule
+from deploykit.stages.gate.against import Side, against
 
 pytest.importorskip("onnxruntime")
 BOTH = LimitSet(Limits(max_drop_pp=100.0, max_slowdown=0.9, max_memory_growth=9.0, max_startup_growth=99.0, max_size_growth=9.0))
@@ -239,3 +244,41 @@ def test_a_really_slower_engine_fails(tmp_path: Path) -> None:
     both = replace(same, new=slow.new)  # the four-fold work as the new engine
     outcome = {r.check: r.outcome for r in gates.timed(row, both, limits)}
     assert outcome["speed"] == "fail"
+
+
+def test_a_row_of_a_gpu_finds_its_engine() -> None:
+    def built(device: str, name: str = "net") -> Artifact:
+        options = {"model": name, "backend": "tensorrt-rtx"}
+        return Artifact(Path(device), "engine", "fp16", Signature((), ()), "engine", options=options, device=device)
+
+    row = Row("net", "tensorrt-rtx", "fp16", 1, "ok", device="NVIDIA L4 (sm89)")
+    one = remeasuring.by_key([built("sm80"), built("sm80", "other")])
+    assert remeasuring._engine(row, one) is one["net", "tensorrt-rtx", "fp16", "sm80"]
+    two = remeasuring.by_key([built("sm75"), built("sm89")])
+    assert remeasuring._engine(row, two) is two["net", "tensorrt-rtx", "fp16", "sm89"]
+    assert remeasuring._engine(replace(row, device="an unknown GPU"), two) is None
+    assert remeasuring._engine(replace(row, precision="fp32"), two) is None
+
+
+def test_the_number_of_requests_at_once_is_the_row_s(tmp_path: Path) -> None:
+    engine = Artifact(tmp_path / "model.xml", "openvino", "fp32", Signature((), ()), "engine", device="cpu")
+    row = Row("net", "openvino", "fp32", 1, "ok", device="cpu", threads=2, streams=2)
+    assert [t.request.options for t in remeasuring._targets(remeasuring.Pair(row, engine, engine))] == [{"streams": 2}] * 3
+    one = remeasuring.Pair(replace(row, streams=1), engine, engine)
+    assert [t.request.options for t in remeasuring._targets(one)] == [{}] * 3
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "outcome"), [(None, 1, "pass"), (2, 2, "pass"), (1, 2, "inconclusive"), (2, None, "inconclusive")]
+)
+def test_another_number_of_requests_at_once_cannot_be_compared(was: int | None, now: int | None, outcome: str) -> None:
+    report = report_rows.a_report()
+
+    def with_streams(count: int | None) -> Side:
+        rows = tuple(replace(r, streams=count) if r.backend == "openvino" else r for r in report.rows)
+        return Side(replace(report, rows=rows), {})
+
+    verdict = against(with_streams(now), with_streams(was), LimitSet(Limits(max_slowdown=0.5)))
+    found = [r for r in verdict.reasons if "openvino" in r.row and r.check == "speed"]
+    assert found and {r.outcome for r in found} == {outcome}
+    assert ("--streams" in found[0].message) is (outcome == "inconclusive")

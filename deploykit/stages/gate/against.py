@@ -133,6 +133,7 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, fresh: Fr
             doubts.append(f"{changed}; both engines were run with the versions here, which cannot show what a version cost")
         if now.threads != was.threads:
             doubts.append(f"another number of threads: {was.threads} -> {now.threads}")
+        doubts += _other_streams(now, was)
         turns = fresh.get(row_id(now), Settled("inconclusive", "was not measured again"))
         return reasons + [doubted(r, doubts) for r in resources.timed(now, turns, limits)]
     return reasons + _recorded(new, now, old, was, limits, doubts, skipped)
@@ -202,12 +203,18 @@ def _same_outputs(now: Row, was: Row) -> bool:
     )
 
 
+def _other_streams(now: Row, was: Row) -> list[str]:
+    """The doubt that the two ran another number of requests at once; a report that does not say ran one at a time."""
+    mine, theirs = now.streams or 1, was.streams or 1
+    return [f"another number of requests at once (--streams): {theirs} -> {mine}"] if mine != theirs else []
+
+
 def _speed(new: Side, now: Row, old: Side, was: Row, limit: float, doubts: Sequence[str]) -> Reason:
     figures = [x for r in (now, was) for x in (r.speedup, r.speedup_low, r.speedup_high)]
     if any(x is not None and (math.isnan(x) or x < 0 or x == math.inf) for x in figures) or 0.0 in (now.speedup, was.speedup):
         return reason(now, "speed", "fail", f"a speed-up is no positive number ({', '.join(map(str, figures))})")
     differ = [k for k in ("device", "threads", "clock", "boundary") if getattr(now, k) != getattr(was, k)]
-    doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ)]
+    doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ), *_other_streams(now, was)]
     if None in figures:
         doubts.append("a speed-up or its interval was not measured")
     if doubts:

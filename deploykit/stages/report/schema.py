@@ -29,6 +29,7 @@ _MEANING = {
     "scenario_value": "in scenario_unit: p90 latency, p99 latency of a query of 8, highest Poisson rate, throughput",
     "scenario_unit": "s or samples/s",
     "scenario_valid": "LoadGen's own verdict",
+    "streams": "requests at once, which share the threads",
     "bound_by": "compute or memory: at least half of the time is what that ceiling asks for; else overhead",
 }
 
