@@ -129,7 +129,10 @@ class Tvm:
 def _libraries(
     artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, folder: Path
 ) -> tuple[list[str], dict[str, Any]]:
-    """The names of the libraries written, the first the engine's own, and what the manifest says of them."""
+    """The names of the libraries written, the first the engine's own, and what the manifest says of them.
+
+    None is written where `_tuned` writes one for each batch under the same name.
+    """
     children.report_progress("import", 0.0)
     batches: list[int | None] = [None]
     reason = ""
@@ -142,7 +145,7 @@ def _libraries(
         reason, batches = exc.message, list(dict.fromkeys(request.batches))
     files: list[str] = []
     plain: dict[str, list[str]] = {}
-    for at, batch in enumerate(batches):
+    for at, batch in enumerate(batches if not (reason and _budget_s(request) > 0) else []):
         children.report_progress("compile", at / len(batches))
         name = "model.so" if batch is None else f"model-b{batch}.so"
         module = modules.get(batch) or _lowered(artifact, machine, threads, batch)
@@ -158,11 +161,16 @@ def _lowered(artifact: Artifact, machine: compiling.Machine, threads: int, batch
     return compiling.lowered(compiling.imported(artifact.path, artifact.signature, batch), machine.target(threads))
 
 
+def _budget_s(request: BuildRequest) -> float:
+    """Seconds that a search may take; 0: no search."""
+    return float(request.options.get("tune", 0))
+
+
 def _tuned(
     artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, folder: Path
 ) -> tuple[list[str], dict[str, Any]]:
     """The names of the libraries made by a search, one a batch, and what it found, by name; the log beside them."""
-    budget = float(request.options.get("tune", 0))
+    budget = _budget_s(request)
     if budget <= 0:
         return [], {}
     if machine.name != "cpu":

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import engine_cases as cases
 import numpy as np
@@ -26,6 +27,7 @@ from deploykit.artifact import Artifact
 from deploykit.backends import apache_tvm, apache_tvm_arm, apache_tvm_compile, apache_tvm_schedule, apache_tvm_tuning
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.session import BuildRequest, OpenRequest
+from deploykit.signature import Signature
 
 BACKEND = backends.get("tvm")
 needs_tvm = pytest.mark.skipif(BACKEND.missing() is not None, reason=str(BACKEND.missing()))
@@ -134,6 +136,33 @@ def test_a_search_is_refused_where_it_cannot_measure(monkeypatch: pytest.MonkeyP
     assert "pip install xgboost-cpu" in str(apache_tvm_tuning.missing())
     with pytest.raises(MissingBackend, match="xgboost"):
         apache_tvm_tuning.search(None, apache_tvm_compile.arm(), 1, 1.0, tmp_path)
+
+
+@needs_tvm
+def test_a_library_a_batch_that_is_tuned_is_compiled_and_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    imported, library = apache_tvm_compile.imported, apache_tvm_compile.library
+    written: list[str] = []
+
+    def fixed_only(path: Path, signature: Signature, batch: int | None) -> Any:
+        if batch is None:
+            raise BackendFailed("the batch went into a shape")
+        return imported(path, signature, batch)
+
+    def counted(module: Any, machine: apache_tvm_compile.Machine, threads: int, path: Path) -> Any:
+        written.append(path.name)
+        return library(module, machine, threads, path)
+
+    monkeypatch.setattr(apache_tvm_compile, "imported", fixed_only)
+    monkeypatch.setattr(apache_tvm_compile, "library", counted)
+    monkeypatch.setattr(apache_tvm_tuning, "search", lambda *_: {"curve": [[0.0, 0.0]]})  # what it costs is not the point here
+    monkeypatch.setattr(apache_tvm_tuning, "applied", lambda module, *_: module)
+    fp32 = _graph(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    options = {"tune": 1.0, "threads": 1}
+    made = BACKEND.build(fp32, BuildRequest("fp32", batches=(1, 2), options=options), tmp_path).save()
+    assert (made.path.name, list(made.companions)) == ("model-b1.so", ["model-b2.so", "tuning.json"])
+    assert written == ["model-b1.so", "model-b2.so"]
+    assert BACKEND.open(made, OpenRequest("fp32", 2, 1)).infer({"x": -np.ones((2, 4), np.float32)})["y"].max() == 0
 
 
 def test_the_search_takes_what_costs_most_and_ends_where_nothing_does() -> None:
