@@ -15,8 +15,10 @@ fi
 extras="all,dev"
 "$VENV/bin/python" -m pip install --quiet --no-compile --upgrade-strategy only-if-needed \
     -c constraints.txt -e ".[$extras]"
-# Byte code for what the child processes import, on all cores (13 s; pip's own, of everything, takes a minute). Without it
+# Byte code for what the child processes import, on all cores (half a minute; pip's own, of everything, takes longer). Without it
 # each of them compiles PyTorch anew where PYTHONDONTWRITEBYTECODE is set.
-skip='/(tests?|testing|triton|mypy|mypyc|setuptools|pip|timm|cuda|nvidia|hypothesis|pygments|networkx|_inductor|distributed)/'
+skip='/(tests?|testing|triton|mypy|mypyc|setuptools|pip|timm|cuda|nvidia|hypothesis|pygments|networkx|_inductor|distributed'
+skip+='|transformers|pandas|coremltools|narwhals|huggingface_hub|kagglehub|kagglesdk|tokenizers|examples'
+skip+='|qualcomm|vulkan|apple|arm|cadence|mediatek|nxp|samsung|cortex_m|aoti|webgpu)/'
 "$VENV/bin/python" -m compileall -j 0 -q -x "$skip" "$VENV"/lib/python3*/site-packages deploykit > /dev/null 2>&1 || true
 "$VENV/bin/deploykit" --version
