@@ -24,9 +24,9 @@ STEPS = {step["name"]: step for step in ACTION["runs"]["steps"] if "name" in ste
 needs_bash = pytest.mark.skipif(not Path("/bin/bash").exists(), reason="the action's steps are bash")
 
 
-def _step(name: str, folder: Path, **inputs: str) -> subprocess.CompletedProcess[str]:
+def _step(name: str, folder: Path, first: Path | None = None, **inputs: str) -> subprocess.CompletedProcess[str]:
     """One step of the action as a runner would run it, with this environment's deploykit first on the PATH."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **inputs}
+    env = {**os.environ, "PATH": f"{first or Path(sys.executable).parent}:{os.environ['PATH']}", **inputs}
     env |= {"GITHUB_OUTPUT": str(folder / "output"), "GITHUB_STEP_SUMMARY": str(folder / "summary")}
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", STEPS[name]["run"]]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=env)
@@ -82,6 +82,27 @@ def test_inconclusive_is_allowed_only_where_asked_for(tmp_path: Path) -> None:
     assert allowed.returncode == 0
     assert "::warning" in allowed.stdout
     assert _step("gate", tmp_path, ALLOW="true", **{**given, "OUT": "nowhere"}).returncode == 2
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("code", "allow", "ends", "verdict"),
+    [(0, "false", 0, "none"), (1, "true", 1, "fail"), (5, "false", 5, "inconclusive"), (5, "true", 0, "inconclusive")],
+)
+def test_gates_of_the_run_itself_are_the_verdict(code: int, allow: str, ends: int, verdict: str, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "deploykit"
+    command.write_text(f"#!/bin/sh\nexit {code}\n")
+    command.chmod(0o755)
+    given = {"SOURCE": "m.onnx", "ARGS": "", "OUT": "out"}
+    ran = _step("run", tmp_path, first=tmp_path / "bin", **given)
+    assert ran.returncode == 0
+    assert (tmp_path / "output").read_text() == f"code={code}\n"
+    done = _step("gate", tmp_path, OUT="out", BASELINE="", GATE_ARGS="", ALLOW=allow, RUN_CODE=str(code))
+    assert done.returncode == ends, done.stdout + done.stderr
+    assert (tmp_path / "output").read_text().splitlines()[-1] == f"verdict={verdict}"
+    command.write_text("#!/bin/sh\nexit 4\n")
+    assert _step("run", tmp_path, first=tmp_path / "bin", **given).returncode == 4
 
 
 def test_the_workflow_uses_the_action_with_inputs_it_has() -> None:
