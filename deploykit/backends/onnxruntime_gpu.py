@@ -6,6 +6,7 @@ ONNX Runtime falls back to the CPU with no more than a line in its log, so every
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploykit import artifact as artifacts
 from deploykit import cache_folder, graph
 from deploykit.artifact import Artifact
 from deploykit.backends import installed, opened
@@ -156,15 +158,23 @@ class OnnxRuntimeGpu:
         if absent:
             raise MissingBackend(absent.why, absent.remedy)
         sizes = {engine.signature.batch_symbol: request.batch} if engine.signature.batch_symbol else {}
-        session = create(engine.path, self.provider, request.precision, request.threads, sizes)
+        session = create(engine.path, self.provider, request.precision, request.threads, sizes, mark_of(engine))
         notes = placed(session, self.provider)
         here = gpu.found()[0]
         return GpuSession(session, engine.signature, request, f"{here.name} ({here.target})", notes)
 
 
-def create(path: Path, provider: Provider, precision: str, threads: int, sizes: Mapping[str, int]) -> Any:
-    """An InferenceSession on that provider. Raises BackendFailed where it cannot be had or ONNX Runtime took another one
-    instead, ModelError for a file that is no model."""
+def mark_of(engine: Artifact) -> str:
+    """The sha256 of the model's files, weights beside the graph included, taken here where the artifact has none yet."""
+    told = [engine.sha256 or artifacts.sha256_of(engine.path)]
+    told += [sha or artifacts.sha256_of(engine.path.parent / name) for name, sha in sorted(engine.companions.items())]
+    return told[0] if len(told) == 1 else hashlib.sha256(" ".join(told).encode()).hexdigest()
+
+
+def create(path: Path, provider: Provider, precision: str, threads: int, sizes: Mapping[str, int], mark: str = "") -> Any:
+    """An InferenceSession on that provider. What the provider keeps lies in a folder of the model's `mark`, and is not kept
+    without one: ONNX Runtime's own key knows no weights. Raises BackendFailed where it cannot be had or ONNX Runtime took
+    another one instead, ModelError for a file that is no model."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -175,9 +185,11 @@ def create(path: Path, provider: Provider, precision: str, threads: int, sizes: 
     for symbol, size in sizes.items():
         options.add_free_dimension_override_by_name(symbol, size)
     own = provider.options(precision)
-    kept = cache_folder.made(f"{provider.row}-{ort.__version__}") if provider.places else None
+    kept = cache_folder.made(f"{provider.row}-{ort.__version__}/{mark}") if provider.places and mark else None
     if provider.places and kept is not None:
         own[provider.places] = str(kept)
+    elif "trt_engine_cache_enable" in own:
+        own["trt_engine_cache_enable"] = "0"  # without a folder it would write into the working directory
     try:
         if provider.plugin:
             _register(ort, provider, options, own)

@@ -150,3 +150,29 @@ def test_caches_go_to_the_users_folder_or_nowhere(tmp_path: Path, monkeypatch: p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_folder.made("here") is None
+
+
+def test_what_a_provider_keeps_is_kept_apart_by_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Artifact) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked: list[dict[str, str]] = []
+
+    def options(_: str) -> dict[str, str]:
+        asked.append({"trt_engine_cache_enable": "1"})
+        return asked[-1]
+
+    provider = replace(_backend("onnxruntime-tensorrt").provider, options=options)
+    (tmp_path / "weights").write_bytes(b"one")
+    engine = replace(model, sha256="", companions={})
+    outside = replace(engine, companions={"weights": ""}, path=tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(model.path.read_bytes())
+    marks = [ort_gpu.mark_of(engine), ort_gpu.mark_of(outside)]
+    (tmp_path / "weights").write_bytes(b"two")
+    marks.append(ort_gpu.mark_of(outside))
+    assert len(set(marks)) == 3
+    assert ort_gpu.mark_of(replace(engine, sha256="ab")) == "ab"
+    for mark in (*marks, ""):
+        with pytest.raises(BackendFailed):  # no such provider in the wheel that is here
+            ort_gpu.create(model.path, replace(provider, name="NoSuchProvider"), "fp16", 1, {"batch": 2}, mark)
+    places = [own.get("trt_engine_cache_path") for own in asked]
+    assert [Path(p).name for p in places if p] == marks
+    assert (places[-1], asked[-1]["trt_engine_cache_enable"]) == (None, "0")
