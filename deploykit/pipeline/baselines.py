@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from deploykit import artifact as artifacts
-from deploykit import machine, report_document
+from deploykit import machine, report_document, scratch
 from deploykit.drift import Drift
 from deploykit.errors import InputError
+from deploykit.pipeline.delivered import put_in_place
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
 from deploykit.stages import gate as gates
@@ -137,14 +137,10 @@ def _text(run: Run) -> str:
 def _replace_folder(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         raise InputError(f"{target} is the run itself", "give another folder as the baseline")
-    scratch, old = (target.with_name(f".making-{kind}-{target.name}-{os.getpid()}") for kind in ("new", "old"))
-    try:
-        shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".making-*"))
-        os.rename(target, old)
-        os.rename(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    scratch.sweep(target.parent)
+    with scratch.folder_in(target.parent) as making:
+        shutil.copytree(source, making / "new", ignore=shutil.ignore_patterns(f"{scratch.PREFIX}*"))
+        put_in_place(making / "new", target)
 
 
 def _packed(path: Path) -> Mapping[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -45,16 +44,26 @@ def deliver(made: Artifact, out: Path) -> Artifact:
     return replace(made, path=out).save()
 
 
+def put_in_place(made: Path, out: Path) -> None:
+    """Renames the finished folder `made`, of the same file system, to `out`. An older folder there is removed only once the new
+    one stands, and put back where it cannot. Raises OSError."""
+    if not out.exists():
+        os.rename(made, out)
+        return
+    with scratch.folder_in(out.parent) as aside:
+        old = aside / "old"
+        os.rename(out, old)
+        try:
+            os.rename(made, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+
+
 def deliver_engine(made: Artifact, folder: Path) -> Artifact:
     """The finished engine as a folder of its own; an older one of the same name is replaced in one step."""
     made.save()
-    if folder.exists():
-        if not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
-            raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
-        old = folder.with_name(f"{scratch.PREFIX}old-{folder.name}-{os.getpid()}")
-        os.rename(folder, old)
-        os.rename(made.path.parent, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(made.path.parent, folder)
+    if folder.exists() and not any(folder.glob("*.manifest.json")) and any(folder.iterdir()):
+        raise InputError(f"{folder} is there already and is no engine of deploykit's", "choose another -o")
+    put_in_place(made.path.parent, folder)
     return artifacts.load(folder / made.path.name)

@@ -45,7 +45,7 @@ class GateRequest:
 
 def check(request: GateRequest, *, own_machine: bool = True) -> None:
     """Raises InputError for what cannot be judged, before anything is spent on a run. `own_machine`: the run to come is this
-    machine's, so a folder of baselines must have one for its class."""
+    machine's, so a folder of baselines must have one for its class, and the baseline's engines must be whole."""
     if request.baseline is None:
         for name, option in (
             ("max_slowdown", "--max-slowdown"),
@@ -61,7 +61,9 @@ def check(request: GateRequest, *, own_machine: bool = True) -> None:
             raise InputError("--remeasure needs two run folders", "add --baseline DIR")
         return
     if own_machine:
-        baselines.open_baseline(request.baseline, machine.describe())
+        base = baselines.open_baseline(request.baseline, machine.describe())
+        if base.folder is not None:
+            remeasuring.of_folder(base.folder)
 
 
 def judge(result: LineResult, request: GateRequest, narrator: Narrator | None = None) -> tuple[Report, Verdict | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from deploykit.artifact import Artifact, manifest_path
 from deploykit.data.image_input import ImageInput, image_input
 from deploykit.errors import BackendFailed, DataError, InputError, MissingBackend
 from deploykit.pipeline import package_text, platforms
-from deploykit.pipeline.delivered import scratch_beside
+from deploykit.pipeline.delivered import put_in_place, scratch_beside
 from deploykit.pipeline.predicting import Runner, opened_as
 from deploykit.pipeline.request import Narrator
 from deploykit.preprocess import Preprocess
@@ -335,8 +334,4 @@ def run_check(folder: Path) -> tuple[int, str]:
 def _deliver(folder: Path, out: Path) -> None:
     """Puts the finished folder in place of an older package, in one step."""
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    if out.exists():
-        old = out.with_name(f".making-old-{out.name}-{os.getpid()}")
-        os.rename(out, old)
-        shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, out)
+    put_in_place(folder, out)

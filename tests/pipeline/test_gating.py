@@ -282,3 +282,12 @@ def test_another_number_of_requests_at_once_cannot_be_compared(was: int | None, 
     found = [r for r in verdict.reasons if "openvino" in r.row and r.check == "speed"]
     assert found and {r.outcome for r in found} == {outcome}
     assert ("--streams" in found[0].message) is (outcome == "inconclusive")
+
+
+def test_a_damaged_engine_of_the_baseline_is_found_before_the_run(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "base", tmp_path / "base")
+    gating.check(GateRequest(tmp_path / "base", BOTH))
+    engine = next((tmp_path / "base" / "engines").rglob("*.onnx"))
+    engine.write_bytes(engine.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError):
+        gating.check(GateRequest(tmp_path / "base", BOTH))
