@@ -12,6 +12,7 @@ from deploykit import backends, children, data, machine, nonfinite
 from deploykit.artifact import Artifact
 from deploykit.children import BugInChild, side_by_side
 from deploykit.errors import (
+    BackendFailed,
     DataError,
     DeploykitError,
     InputError,
@@ -200,9 +201,18 @@ def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsReque
             raise
         except DeploykitError as exc:
             return exc
+        except BugInChild as exc:
+            return _as_failure(row, exc)
 
     made = side_by_side([functools.partial(make, row, graph) for row, graph in wanted.values()])
     model.built.update(zip(wanted, made, strict=True))
+
+
+def _as_failure(row: PlannedRow, bug: BugInChild) -> BackendFailed:
+    """What one backend's unforeseen exception costs its own row; the traceback stays with it as its cause."""
+    failed = BackendFailed(f"{row.backend}: {str(bug).strip().splitlines()[-1]}", "please report it, or leave this backend out")
+    failed.__cause__ = bug
+    return failed
 
 
 def _needs_samples(samples: Shares) -> MissingBackend:
