@@ -176,7 +176,7 @@ def _tuned(
     if machine.name != "cpu":
         raise InputError(
             "a search measures on the machine that the engine is for",
-            "tune over RPC to a board (docs/tvm-rpc.md), or build without --tune",
+            "build it without --tune: the default schedules are used",
         )
     database = tuning.database_folder(machine, threads)
     fixed = artifact.signature.fixed_batch
