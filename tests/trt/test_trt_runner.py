@@ -158,7 +158,7 @@ def test_enqueue_bound_is_warned_of_above_four_fifths_of_compute() -> None:
 
 def test_rtx_captures_by_itself_and_keeps_its_cache(tmp_path: Path) -> None:
     cache = tmp_path / "kernels.cache"
-    for found, said in ((None, False), (b"cache of kernels", False), (b"of another driver", True)):
+    for found, said in ((None, False), (b"cache of kernels", False), (b"cache of fewer", False), (b"of another driver", True)):
         if found is not None:
             cache.write_bytes(found)
         board = Double()
