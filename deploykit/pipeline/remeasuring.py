@@ -165,7 +165,7 @@ def _pair(row: Row, new: Artifact | None, old: Artifact | None) -> Pair | gates.
         whose = " and ".join(name for name, engine in (("this run", new), ("the baseline", old)) if engine is None)
         return gates.Settled("inconclusive", f"no engine of this row to measure again in the folder of {whose}")
     backend = backends.get(row.backend)
-    missing = backend.missing() or backend.cannot_run()
+    missing = backend.cannot_run()
     if missing is not None:
         return gates.Settled("inconclusive", f"cannot be measured again here: {missing}")
     if _same(new, old):
