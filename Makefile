@@ -15,9 +15,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 
 demo: install
 	@test -f demo/digits.safetensors || $(BIN)/deploykit finetune $(DEMO_SOURCE) --weights none --data digits \
-		--epochs 6 --seconds 40 -o demo/digits.safetensors
+		--epochs 4 --seconds 40 -o demo/digits.safetensors
 	@$(BIN)/deploykit run $(DEMO_SOURCE) --weights demo/digits.safetensors --data digits \
-		--backend torch,onnxruntime,openvino,tensorrt-rtx --precision fp32,fp16,bf16,int8 --method minmax \
+		--backend torch,onnxruntime,openvino,tensorrt-rtx --method minmax \
 		--batch 1 -o demo/report
 
 # The seeds' table: ResNet-18 at 224x224, batch 1 and 8, every row that this machine can run.
