@@ -138,6 +138,7 @@ def test_a_search_is_refused_where_it_cannot_measure(monkeypatch: pytest.MonkeyP
         apache_tvm_tuning.search(None, apache_tvm_compile.arm(), 1, 1.0, tmp_path)
 
 
+@pytest.mark.slow
 @needs_tvm
 def test_a_library_a_batch_that_is_tuned_is_compiled_and_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -207,6 +208,7 @@ def test_a_tuned_library_gives_the_models_outputs_and_the_next_search_goes_on(
         session.close()
 
 
+@pytest.mark.slow
 @needs_tvm
 @pytest.mark.skipif(apache_tvm_arm.missing() is not None, reason=str(apache_tvm_arm.missing()))
 def test_an_arm_library_runs_under_qemu_with_the_models_outputs(tmp_path: Path) -> None:
@@ -227,6 +229,7 @@ def test_an_arm_build_without_qemu_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert any("not proven" in note and "apt-get install qemu-user-static" in note for note in made.facts["notes"])
 
 
+@pytest.mark.slow
 @needs_tvm
 def test_a_library_runs_over_rpc_on_loopback(engine: Artifact, tmp_path: Path) -> None:
     with socket.socket() as probe:

@@ -14,13 +14,18 @@ from deploykit.artifact import Artifact
 from deploykit.errors import DeploykitError, InputError
 from deploykit.session import PRECISIONS, OpenRequest
 
-# torch-compile takes seconds a model and batch: it has tests of its own, and the slow ones here.
+# torch-compile takes seconds a model and batch, LiteRT's converter ten a model: the rest of theirs is slow.
 HERE = [name for name in backends.names() if backends.get(name).missing() is None]
 RUN_HERE = [name for name in HERE if backends.get(name).cannot_run() is None]
+QUICK = {"torch-compile": (), "litert": (("fp32", "conv_net"), ("int8", "conv_net")), "tvm": (("fp32", "conv_net"),)}
+
+
+def _marks(name: str, precision: str, model: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in QUICK and (precision, model) not in QUICK[name] else []
+
+
 CASES = [
-    pytest.param(
-        name, precision, model, id=f"{name}-{precision}-{model}", marks=[pytest.mark.slow] if name == "torch-compile" else []
-    )
+    pytest.param(name, precision, model, id=f"{name}-{precision}-{model}", marks=_marks(name, precision, model))
     for name in RUN_HERE
     for precision in backends.get(name).precisions()
     for model in cases.MODELS

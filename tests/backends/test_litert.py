@@ -90,6 +90,7 @@ def _reference(source: Artifact, feeds: dict[str, Any]) -> Any:
     return backends.get("torch").open(source, OpenRequest("fp32", len(feeds["x"]), 1)).infer(feeds)["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_the_padding_of_a_max_pool_spoils_no_scale(activation: str, tmp_path: Path) -> None:
     source, engine = _int8(tmp_path, activation)
@@ -102,6 +103,7 @@ def test_the_padding_of_a_max_pool_spoils_no_scale(activation: str, tmp_path: Pa
     assert ("PADV2" in names) == (activation != "relu")  # behind a Relu, zeros do
 
 
+@pytest.mark.slow
 def test_int8_inputs_and_outputs_are_in_the_file_and_its_manifest(tmp_path: Path) -> None:
     source, engine = _int8(tmp_path, "relu", io="int8")
     (taken,), (given,) = engine.facts["inputs"], engine.facts["outputs"]
@@ -124,6 +126,7 @@ def test_float_files_have_no_int8_inputs(tmp_path: Path) -> None:
         LITERT.build(source, BuildRequest("int8"), tmp_path)
 
 
+@pytest.mark.slow
 def test_fp16_is_stored_and_fp32_is_what_runs(tmp_path: Path) -> None:
     source = _source(tmp_path, "make", POOLED_SIGNATURE)
     engine = LITERT.build(source, BuildRequest("fp16"), tmp_path).save()
@@ -141,6 +144,7 @@ def test_an_operator_the_converter_lacks_is_named(tmp_path: Path) -> None:
         LITERT.build(_source(tmp_path, "Lacking", signature), BuildRequest("fp32"), tmp_path)
 
 
+@pytest.mark.slow
 def test_control_flow_that_depends_on_values_is_named(tmp_path: Path) -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 4)),))
     with pytest.raises(ModelError, match="branches on the values"):
@@ -162,6 +166,7 @@ def test_a_foreign_file_is_one_error(content: bytes, tmp_path: Path) -> None:
         LITERT.open(engine, OpenRequest("fp32", 1, 1))
 
 
+@pytest.mark.slow
 def test_threads_are_the_ones_asked_for(tmp_path: Path) -> None:
     source = _source(tmp_path, "make", POOLED_SIGNATURE)
     engine = LITERT.build(source, BuildRequest("fp32"), tmp_path).save()

@@ -214,6 +214,7 @@ def test_a_row_without_an_engine_is_not_judged(runs: Path, tmp_path: Path) -> No
     assert next(r for r in verdict.reasons if "int8" in r.row).outcome == "inconclusive"
 
 
+@pytest.mark.slow
 def test_a_really_slower_engine_fails(tmp_path: Path) -> None:
     """The same row, its engine made of a network with four times the pixels to compute on."""
     from deploykit import graph

@@ -64,6 +64,7 @@ def test_correction_needs_samples(net: Path) -> None:
         quantize(net, int8=Int8Request(bias_correct=False, rounding="gptq"))
 
 
+@pytest.mark.slow
 def test_mixed_meets_its_budget_and_goes_on_from_what_it_has(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = quantize(net, "mixed", budget=Budget(min_sqnr_db=1.0))
     found: Any = plain.facts["mixed"]
