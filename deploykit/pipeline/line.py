@@ -115,7 +115,8 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     origin = _first_nan(first, results, samples.judge, say)
     loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
     table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
-    table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say)
+    brief = rows.duration == "smoke"  # which is for trying the line: it spends no seconds on ceilings
+    table, ceilings = rooflines.placed(models, table, store, rows.threads or machine.threads(), say, only_kept=brief)
     report = _report(request, models, samples, table, results, reference, ceilings, origin, loads)
     if results is not None and request.explain:
         report = replace(report, explanations=bottlenecks.of_entries(entries, results, pools, pool_digest, rows, store, say))

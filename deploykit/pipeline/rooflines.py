@@ -26,19 +26,22 @@ _ABOVE = 1.02  # a row that reaches more of its ceiling says that the ceiling wa
 
 
 def placed(
-    models: Sequence[Target], table: Sequence[Row], store: Store, threads: int, say: Narrator
+    models: Sequence[Target], table: Sequence[Row], store: Store, threads: int, say: Narrator, *, only_kept: bool = False
 ) -> tuple[list[Row], Ceilings | None]:
     """The rows with their share of the roofline where it can be told, and this machine's ceilings; None where no row ran,
     no model's cost is known, or no engine that measures ceilings is here. The ceilings are the CPU's: rows of another device
-    stand under none. Kept ceilings that a row is above are measured anew, once for the same figures."""
+    stand under none. Kept ceilings that a row is above are measured anew, once for the same figures. `only_kept`: nothing is
+    measured, and where no ceilings are kept the rows have no share."""
     costs = {model.name: cost for model in models if model.shop and (cost := Cost.from_summary(model.shop.summary))}
     rows = [_elsewhere(row, costs) if row.status == "built" else row for row in table]
     able = [row for row in rows if _has_place(row, costs)]
     if not able or measuring.engine() is None:
         return rows, None
     try:
+        if only_kept and _kept(store, threads) is None:
+            return rows, None
         found, kept = ceilings(store, threads, say)
-        if any(share > _ABOVE for row in able if (share := _share(row, costs, found)) is not None):
+        if not only_kept and any(share > _ABOVE for row in able if (share := _share(row, costs, found)) is not None):
             mark = _mark(able, threads)
             if kept and store.find(FOLDER, mark) is None:
                 found, _ = ceilings(store, threads, say, fresh=True)
@@ -55,11 +58,8 @@ def placed(
 def ceilings(store: Store, threads: int, say: Narrator, *, fresh: bool = False) -> tuple[Ceilings, bool]:
     """This machine's ceilings on so many threads, and whether they were kept from before. `fresh`: measured anew, and the
     higher of old and new stands, since a busy machine only ever lowers them. Raises BackendFailed."""
-    engine = measuring.engine()
-    options = {"machine": machine.fingerprint(), "threads": threads, "engine": engine}
-    key = Key("ceilings", _version(), None, options, measuring.versions())
-    old = store.find(FOLDER, key)
-    before = Ceilings.from_json(json.loads(old.path.read_text())) if old is not None else None
+    key = _key(threads)
+    before = _kept(store, threads)
     if before is not None and not fresh:
         return before, True
     say.step("ceilings of this machine (kept for the next time)")
@@ -69,6 +69,16 @@ def ceilings(store: Store, threads: int, say: Narrator, *, fresh: bool = False) 
         store.drop(FOLDER, key)
     _keep(store, key, "ceilings", found.to_json())
     return found, False
+
+
+def _key(threads: int) -> Key:
+    options = {"machine": machine.fingerprint(), "threads": threads, "engine": measuring.engine()}
+    return Key("ceilings", _version(), None, options, measuring.versions())
+
+
+def _kept(store: Store, threads: int) -> Ceilings | None:
+    old = store.find(FOLDER, _key(threads))
+    return Ceilings.from_json(json.loads(old.path.read_text())) if old is not None else None
 
 
 def _version() -> str:

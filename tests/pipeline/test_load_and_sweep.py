@@ -40,9 +40,18 @@ def result(request_: LineRequest) -> LineResult:
     pytest.importorskip("mlperf_loadgen")
     measure, stage.measure = stage.measure, lambda threads, progress=None: CEILINGS
     try:
+        rooflines.ceilings(Store(request_.store), 1, Silent())  # a smoke run takes what is kept
         return line.run(request_)
     finally:
         stage.measure = measure
+
+
+def test_a_smoke_run_measures_no_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "measure", lambda *_, **__: pytest.fail("ceilings were measured"))
+    model = tiny_models.conv_net(tmp_path / "tiny.onnx")
+    rows = RowsRequest(("onnxruntime",), ("fp32",), (1,), threads=1, duration="smoke")
+    found = line.run(LineRequest((SourceRequest(str(model)),), DataRequest("random:4"), rows, tmp_path / "store"))
+    assert [r.roofline_share for r in found.report.rows] == [None]
 
 
 def test_a_row_has_the_scenario_s_figure_and_its_logs_lie_beside_the_report(result: LineResult, tmp_path: Path) -> None:
