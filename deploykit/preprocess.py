@@ -49,6 +49,22 @@ NONE = Preprocess()
 IMAGENET = Preprocess(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
+def chosen(text: str | None, kept: dict[str, Any] | None) -> Preprocess | None:
+    """What --preprocess asks for, over what a manifest keeps (`to_json`'s document); None where neither says anything.
+
+    'timm' asks for the manifest's own. Raises InputError where it has none, and what `parse` raises.
+    """
+    if text not in (None, "timm"):
+        return parse(text)
+    if kept:
+        return Preprocess.from_json(kept)
+    if text == "timm":
+        raise InputError(
+            "--preprocess timm: the model's manifest names no preprocessing of its own", "give resize=..,crop=..,mean=..,std=.."
+        )
+    return None
+
+
 def parse(text: str) -> Preprocess:
     """Preprocessing from `resize=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,layout=nhwc`
     (the numbers of a list may be separated by commas too).

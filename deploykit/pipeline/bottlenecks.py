@@ -19,7 +19,6 @@ from deploykit.pipeline import engines, single
 from deploykit.pipeline.measuring import Entry, Results
 from deploykit.pipeline.request import DataRequest, Narrator, RowsRequest
 from deploykit.pipeline.workshop import backend_code
-from deploykit.preprocess import Preprocess
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds, ShapeRange, Signature
 from deploykit.stages import bottleneck
@@ -52,9 +51,7 @@ def explain(
     if missing is not None:
         raise MissingBackend(f"{path} cannot run here: {missing.why}", missing.remedy)
     size = engine.signature.fixed_batch or batch
-    used = Preprocess.from_json(own["preprocess"]) if own.get("preprocess") else None  # type: ignore[arg-type]
-    if request.preprocess not in (None, "timm"):
-        used = preprocess.parse(request.preprocess)
+    used = preprocess.chosen(request.preprocess, own.get("preprocess"))
     spec = request.data or f"random:{POOL * size}"
     samples = data.open(spec, engine.signature, preprocess=used, limit=POOL * size, shapes=shapes)
     pool = [feeds for feeds, _ in samples.batches(size, pad=True)]
@@ -145,7 +142,7 @@ def _keep(store: Store, key: Key, doc: Mapping[str, Any]) -> None:
     store.make(FOLDER, key, build)
 
 
-def _engine(path: Path, backend_name: str | None) -> tuple[Artifact, str, Mapping[str, object]]:
+def _engine(path: Path, backend_name: str | None) -> tuple[Artifact, str, Mapping[str, Any]]:
     found = engines.find(path)
     if len(found) > 1:
         raise InputError(f"{path} holds {len(found)} engines", f"name one, e.g. {found[0].path}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploykit import backends, children
 from deploykit.artifact import Artifact
-from deploykit.calibration_table import IMPORTED, CalibrationTable
+from deploykit.calibration_table import IMPORTED
 from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend
 from deploykit.observation import INTEGER
 from deploykit.pipeline import int8, limited, prepare
@@ -110,7 +110,7 @@ class Graphs:
         place.mkdir()
         made: Artifact = self._run(
             kind,
-            _make_graph,
+            int8.graph_of_kind,
             given.path,
             kind,
             table,
@@ -215,17 +215,3 @@ def _is_quantized(path: Path) -> bool:
     from deploykit import graph
 
     return bool({node.op_type for node in graph.load(path).graph.node} & INTEGER)
-
-
-def _make_graph(path: Path, kind: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
-    from deploykit.stages import precision
-
-    makers: dict[str, Callable[[], Artifact]] = {
-        "fp16": lambda: precision.to_fp16(path, out),
-        "int8-dynamic": lambda: precision.to_int8_dynamic(path, out),
-    }
-    if kind in makers:
-        return makers[kind]()
-    assert table is not None
-    layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
-    return int8.write(path, table, layout, rest, recipe, (), out)

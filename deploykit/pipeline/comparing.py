@@ -19,7 +19,6 @@ from deploykit.errors import DeploykitError, InputError
 from deploykit.pipeline.predicting import Runner, opened_as
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.pipeline.shares import class_names
-from deploykit.preprocess import Preprocess
 from deploykit.signature import Feeds, Outputs, ShapeRange
 from deploykit.stages import accuracy, layers
 from deploykit.stages.layers import LayerDrift
@@ -92,9 +91,7 @@ def compare(
     narrator.step(f"compare {candidate.name} with {reference.name}")
     with contextlib.ExitStack() as stack:
         base, other = (stack.enter_context(runner) for runner in _runners(reference, candidate))
-        own = Preprocess.from_json(base.facts["preprocess"]) if base.facts.get("preprocess") else None
-        if request.preprocess not in (None, "timm"):
-            own = preprocess.parse(request.preprocess)
+        own = preprocess.chosen(request.preprocess, base.facts.get("preprocess"))
         classes = class_names(request.classes) or base.facts.get("classes")
         samples = data.open(
             request.data,

@@ -49,6 +49,20 @@ class Int8Recipe:
         }
 
 
+def graph_of_kind(path: Path, kind: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
+    """The graph that a backend asks for ('fp16' | 'int8-dynamic' | 'int8-cpu' | 'int8-tensorrt'), made of a float model, at `out`,
+    unsaved; runs in a child process. `table` is for the last two."""
+    from deploykit.stages import precision
+
+    if kind == "fp16":
+        return precision.to_fp16(path, out)
+    if kind == "int8-dynamic":
+        return precision.to_int8_dynamic(path, out)
+    assert table is not None
+    layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
+    return write(path, table, layout, rest, recipe, (), out)
+
+
 def write(
     path: Path, table: CalibrationTable, layout: str, rest: str, recipe: Int8Recipe, keep_float: tuple[str, ...], out: Path
 ) -> Artifact:

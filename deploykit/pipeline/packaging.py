@@ -21,6 +21,7 @@ from deploykit.pipeline import package_text, platforms
 from deploykit.pipeline.delivered import put_in_place, scratch_beside
 from deploykit.pipeline.predicting import Runner, opened_as
 from deploykit.pipeline.request import Narrator
+from deploykit.pipeline.shares import class_names
 from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
 
@@ -70,7 +71,8 @@ def package(path: Path, request: PackageRequest, out: Path, narrator: Narrator) 
         _require_floats(engine)
     if backend == "litert" and request.platform == "android":
         _require_kotlin(engine, batch)
-    own, names = _preprocess(facts, request), _classes(facts, request)
+    own = preprocess.chosen(request.preprocess, facts.get("preprocess"))
+    names = list(class_names(request.classes) or facts.get("classes") or ())
     narrator.step(f"expected outputs of {path.name}")
     samples = _samples(engine, request, own, batch)
     inputs, outputs = _cases(path, engine, request, samples, batch)
@@ -148,26 +150,6 @@ def _in_file_order(engine: Artifact, kind: str, arrays: Mapping[str, NDArray[Any
             f"the manifest of {engine.path.name} does not say in which order the file has its {kind}", "build it again"
         )
     return {name: arrays[name] for name in names} if len(arrays) > 1 else dict(arrays)
-
-
-def _preprocess(facts: Mapping[str, Any], request: PackageRequest) -> Preprocess | None:
-    if request.preprocess not in (None, "timm"):
-        return preprocess.parse(str(request.preprocess))
-    kept = facts.get("preprocess")
-    if request.preprocess == "timm" and not kept:
-        raise InputError(
-            "--preprocess timm: the engine's manifest names no preprocessing", "give resize=..,crop=..,mean=..,std=.."
-        )
-    return Preprocess.from_json(kept) if kept else None
-
-
-def _classes(facts: Mapping[str, Any], request: PackageRequest) -> list[str]:
-    if request.classes is None:
-        return [str(name) for name in facts.get("classes") or ()]
-    try:
-        return [line.strip() for line in request.classes.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read the class names in {request.classes}: {exc}", "one name a line, UTF-8") from exc
 
 
 def _samples(engine: Artifact, request: PackageRequest, own: Preprocess | None, batch: int) -> Samples:

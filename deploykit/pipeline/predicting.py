@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from deploykit import backends, children, data, hosted, preprocess
 from deploykit.artifact import Artifact
 from deploykit.errors import InputError, MissingBackend
 from deploykit.pipeline import engines, single
-from deploykit.preprocess import Preprocess
+from deploykit.pipeline.shares import class_names
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds, Outputs
 
@@ -71,14 +72,8 @@ class Runner:
 def predict(path: Path, image: str, preprocess_text: str | None, classes: Path | None, top: int) -> list[dict[str, Any]]:
     """For each sample of DATA (or one image file): the `top` classes with their softmax share."""
     with Runner(path, 1) as runner:
-        own = Preprocess.from_json(runner.facts["preprocess"]) if runner.facts.get("preprocess") else None
-        if preprocess_text not in (None, "timm"):
-            own = preprocess.parse(preprocess_text)
-        names = (
-            [line.strip() for line in classes.read_text().splitlines() if line.strip()]
-            if classes
-            else runner.facts.get("classes")
-        )
+        own = preprocess.chosen(preprocess_text, runner.facts.get("preprocess"))
+        names = class_names(classes) or runner.facts.get("classes")
         samples = data.open(image, runner.signature, preprocess=own)
         found: list[dict[str, Any]] = []
         for feeds, count in samples.batches(runner.batch, pad=True):
@@ -94,7 +89,7 @@ def predict(path: Path, image: str, preprocess_text: str | None, classes: Path |
         return found
 
 
-def _top(logits: np.ndarray[Any, Any], names: list[str] | None, top: int) -> list[dict[str, Any]]:
+def _top(logits: np.ndarray[Any, Any], names: Sequence[str] | None, top: int) -> list[dict[str, Any]]:
     shares = np.exp(logits.astype(np.float64) - logits.max())
     shares /= shares.sum()
     best = np.argsort(-shares)[:top]

@@ -202,10 +202,6 @@ def given_table(shop: Workshop, path: Path) -> Artifact:
             companions={},
         )
 
-    if not path.is_file():
-        raise InputError(
-            f"there is no calibration table {path}", "make one with: deploykit calibrate m.onnx --data DATA -o calib.json"
-        )
     return shop.keep("calibrate", "calibration table", shop.model.sha256, {"table": artifacts.sha256_of(path)}, build)
 
 
@@ -233,8 +229,6 @@ def graph_for(
 
 
 def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe: Int8Recipe, aim: Aim | None) -> Artifact:
-    from deploykit.stages import precision
-
     if kind.startswith("source"):
         if shop.source is None:
             raise InputError("this backend needs the PyTorch source", "give the source instead of an .onnx file")
@@ -244,16 +238,16 @@ def _graph_for(shop: Workshop, kind: str, table: Callable[[], Artifact], recipe:
     path = shop.model.path
     parent = shop.model.sha256
     options: dict[str, Any] = {"kind": kind}
-    if kind == "fp16":
-        make: Callable[[Path], Artifact] = lambda folder: shop.child(kind, precision.to_fp16, path, folder / "model.onnx")  # noqa: E731
-    elif kind == "int8-dynamic":
-        make = lambda folder: shop.child(kind, precision.to_int8_dynamic, path, folder / "model.onnx")  # noqa: E731
-    elif kind in ("int8-cpu", "int8-tensorrt"):
-        calibrated = table()
-        options |= {"table": calibrated.sha256, "recipe": recipe.to_json()}
-        loaded = calibration_table.load(calibrated.path)
-        layout, rest = ("cpu", "fp32") if kind == "int8-cpu" else ("tensorrt", "fp16")
-        make = lambda folder: shop.child(kind, int8.write, path, loaded, layout, rest, recipe, (), folder / "model.onnx")  # noqa: E731
+    if kind in ("fp16", "int8-dynamic", "int8-cpu", "int8-tensorrt"):
+        loaded = None
+        if kind in ("int8-cpu", "int8-tensorrt"):
+            calibrated = table()
+            options |= {"table": calibrated.sha256, "recipe": recipe.to_json()}
+            loaded = calibration_table.load(calibrated.path)
+
+        def make(folder: Path) -> Artifact:
+            made: Artifact = shop.child(kind, int8.graph_of_kind, path, kind, loaded, recipe, folder / "model.onnx")
+            return made
     elif kind == "mixed" and aim is not None:
         calibrated = table()
         task = Task(path, "cpu", calibration_table.load(calibrated.path), recipe, aim.budget, aim.tune)

@@ -91,18 +91,7 @@ def _needs_class_order(model: Target, samples: Samples) -> None:
 
 
 def _preprocess(model: Target, text: str | None) -> Preprocess | None:
-    kept = model.shop.model.facts.get("preprocess") if model.shop is not None else None
-    own = Preprocess.from_json(kept) if kept else None
-    if text is None:
-        return own
-    if text == "timm":
-        if own is None:
-            raise InputError(
-                "--preprocess timm: this source is no timm model with a preprocessing of its own",
-                "give resize=..,crop=..,mean=..,std=..",
-            )
-        return own
-    return preprocess.parse(text)
+    return preprocess.chosen(text, model.shop.model.facts.get("preprocess") if model.shop is not None else None)
 
 
 def _classes(model: Target, file: Path | None) -> tuple[str, ...] | None:

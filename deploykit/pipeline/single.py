@@ -21,7 +21,6 @@ from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
-from deploykit.preprocess import Preprocess
 from deploykit.samples import Samples
 from deploykit.signature import ShapeRange, Signature
 from deploykit.source_spec import parse as parse_source
@@ -80,11 +79,10 @@ def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checke
 
 @dataclass(frozen=True)
 class ModelFile:
-    """An .onnx file as a stage takes it: its signature, digest, and the preprocessing its manifest speaks of."""
+    """An .onnx file as a stage takes it: with what its manifest knows, its digest, and the class names there."""
 
     artifact: Artifact
     digest: str
-    preprocess: Preprocess | None
     classes: tuple[str, ...] | None
 
 
@@ -96,11 +94,10 @@ def open_model(path: Path, run: Callable[..., Any] = children.run) -> ModelFile:
     if manifest_path(path).is_file():
         known = artifacts.load(path)
         facts = known.facts
-        own = Preprocess.from_json(facts["preprocess"]) if facts.get("preprocess") else None
         classes = tuple(facts["classes"]) if facts.get("classes") else None
-        return ModelFile(known, digest, own, classes)
+        return ModelFile(known, digest, classes)
     bare = Artifact(path, "onnx", "fp32", signature, "given", sha256=artifacts.sha256_of(path))
-    return ModelFile(bare, digest, None, None)
+    return ModelFile(bare, digest, None)
 
 
 def _read_model(path: Path) -> tuple[Signature, str]:
@@ -112,13 +109,7 @@ def _read_model(path: Path) -> tuple[Signature, str]:
 
 def open_data(model: ModelFile, spec: str, request: DataRequest, shapes: Mapping[str, ShapeRange]) -> Samples:
     """The samples of DATA for that model, with --preprocess, or its manifest's own preprocessing."""
-    own = model.preprocess
-    if request.preprocess == "timm" and own is None:
-        raise InputError(
-            "--preprocess timm: the model's manifest names no preprocessing", "give resize=..,crop=..,mean=..,std=.."
-        )
-    if request.preprocess not in (None, "timm"):
-        own = preprocess.parse(request.preprocess)
+    own = preprocess.chosen(request.preprocess, model.artifact.facts.get("preprocess"))
     return data.open(spec, model.artifact.signature, preprocess=own, classes=model.classes, limit=request.limit, shapes=shapes)
 
 
