@@ -184,6 +184,7 @@ def failures(what: str) -> Iterator[None]:
     """Turns what TVM raises inside into BackendFailed with `what` and the sentence of TVM's that says why."""
     from tvm import error
 
+    # TVM's C++ side raises Python's own kinds by name (tvm_ffi.error), beside its own
     kinds = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, IndexError, error.OpError)
     try:
         yield

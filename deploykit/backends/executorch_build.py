@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import re
 import warnings
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit import trace_error
 from deploykit.artifact import Artifact, Json
 from deploykit.backends import executorch_count, opened, torch_source
-from deploykit.backends.torch_source import LoadedSource
 from deploykit.children import report_progress
 from deploykit.errors import BackendFailed, DeploykitError, ModelError, NotForThisGraph
 from deploykit.samples import Samples
@@ -52,7 +51,7 @@ def program(artifact: Artifact, request: BuildRequest) -> Program:
     shapes = signature.shapes(signature.fixed_batch or batches[1], request.shapes)
     example = _feeds(source.example, signature, shapes, batches[1])
     dynamic = _dynamic_shapes(signature, request, batches)
-    module = _positional(source, signature)
+    module = torch_source.positional(source, signature)
     with _quiet():
         report_progress("loading ExecuTorch's compiler", 0.0)
         _require_compiler()
@@ -115,37 +114,14 @@ def _dynamic_shapes(signature: Signature, request: BuildRequest, batches: tuple[
 def _feeds(
     example: Mapping[str, torch.Tensor], signature: Signature, shapes: Mapping[str, tuple[int, ...]], batch: int
 ) -> dict[str, torch.Tensor]:
-    """`example` at `batch`, its other axes of the sizes in `shapes`, elements taken in turn along each axis."""
-    import torch
-
-    result: dict[str, torch.Tensor] = {}
-    for spec in signature.inputs:
-        tensor = example[spec.name]
-        for axis, size in enumerate(shapes[spec.name]):
-            wanted = batch if spec.shape[axis] == signature.batch_symbol else size
-            tensor = tensor.index_select(axis, torch.arange(wanted) % tensor.shape[axis])
-        result[spec.name] = tensor.contiguous()
-    return result
-
-
-def _positional(source: LoadedSource, signature: Signature) -> torch.nn.Module:
-    """The module with the signature's inputs by position and just its outputs, in order: a .pte knows no names."""
-    import torch
-
-    named_outputs = importlib.import_module(torch_source.LOADER).named_outputs
-    inputs = tuple(s.name for s in signature.inputs)
-    outputs = tuple(s.name for s in signature.outputs)
-
-    class Positional(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = source.module
-
-        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            found = named_outputs(self.model(**dict(zip(inputs, tensors, strict=True))), inputs, source.output_names)
-            return tuple(found[name] for name in outputs)
-
-    return Positional().eval()
+    """`example` at `batch`, its other axes of the sizes in `shapes`."""
+    sizes = {
+        spec.name: tuple(
+            batch if dim == signature.batch_symbol else size for dim, size in zip(spec.shape, shapes[spec.name], strict=True)
+        )
+        for spec in signature.inputs
+    }
+    return torch_source.at_shapes(example, sizes)
 
 
 def _require_compiler() -> None:
@@ -168,10 +144,8 @@ def _export(module: Any, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> 
     except DeploykitError:
         raise
     except Exception as exc:  # torch.export raises a dozen kinds
-        text = str(exc)
-        frame = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("The following call raised")[-1])
-        place = f" at {frame[1]}:{frame[2]} in {frame[3]}: {frame[4].strip()}" if frame else ""
-        if "data-dependent" in text or "DataDependent" in type(exc).__name__:
+        place = trace_error.place(exc)
+        if trace_error.asks_for_values(exc):
             raise ModelError(
                 f"the model branches on the values of a tensor{place}, which an ExecuTorch program cannot hold",
                 "use torch.where or torch.cond instead of if, or leave that part out of the model",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit import trace_error
 from deploykit.backends import litert_flatbuffer, litert_rewrite, opened, torch_source
 from deploykit.backends.torch_source import LoadedSource
 from deploykit.children import report_progress
@@ -61,7 +61,7 @@ def _resizes(data: bytes, source: LoadedSource, signature: Signature, request: B
 def _at(source: LoadedSource, signature: Signature, request: BuildRequest, batch: int) -> bytes:
     """The .tflite traced at `batch`, with the model's own names, its max-pools made quantizable, proven at that batch."""
     feeds = feeds_at(source.example, signature.shapes(batch, request.shapes))
-    raw = _converted(_traceable(source, signature), tuple(feeds[s.name] for s in signature.inputs), batch)
+    raw = _converted(torch_source.positional(source, signature), tuple(feeds[s.name] for s in signature.inputs), batch)
     model = litert_flatbuffer.parse(raw, "the converted model")
     litert_flatbuffer.rename(model, [s.name for s in signature.inputs], [s.name for s in signature.outputs])
     litert_rewrite.pad_with_zeros(model)
@@ -71,39 +71,15 @@ def _at(source: LoadedSource, signature: Signature, request: BuildRequest, batch
 
 
 def feeds_at(example: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """`example` brought to those shapes, its elements taken in turn along each axis; floats varied, so that samples differ."""
+    """`example` brought to those shapes; floats varied, so that samples differ."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    result: Tensors = {}
-    for name, shape in shapes.items():
-        tensor = example[name]
-        for axis, size in enumerate(shape):
-            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
-        if tensor.is_floating_point():
-            tensor = tensor * (1 + 0.25 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
-        result[name] = tensor.contiguous()
-    return result
-
-
-def _traceable(source: LoadedSource, signature: Signature) -> torch.nn.Module:
-    """The module with positional inputs, returning just the signature's outputs, in order."""
-    import torch
-
-    named_outputs = importlib.import_module(torch_source.LOADER).named_outputs
-    inputs = tuple(s.name for s in signature.inputs)
-    outputs = tuple(s.name for s in signature.outputs)
-
-    class Positional(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = source.module
-
-        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            found = named_outputs(self.inner(**dict(zip(inputs, tensors, strict=True))), inputs, source.output_names)
-            return tuple(found[name] for name in outputs)
-
-    return Positional().eval()
+    found = torch_source.at_shapes(example, shapes)
+    return {
+        name: t * (1 + 0.25 * torch.randn(t.shape, generator=generator)).to(t.dtype) if t.is_floating_point() else t
+        for name, t in found.items()
+    }
 
 
 def _converted(module: torch.nn.Module, tensors: tuple[torch.Tensor, ...], batch: int) -> bytes:
@@ -141,20 +117,15 @@ def explained(exc: BaseException) -> DeploykitError:
             f"LiteRT's converter cannot lower {named[1]}: {opened.first_line(exc)}",
             "write that part with other operators, or leave LiteRT out for this model",
         )
-    if "data-dependent" in text or "DataDependent" in type(exc).__name__:
+    if trace_error.asks_for_values(exc):
         return ModelError(
-            f"the model branches on the values of a tensor, which a .tflite cannot hold{_place(str(exc))}",
+            f"the model branches on the values of a tensor, which a .tflite cannot hold{trace_error.place(exc)}",
             "use torch.where instead of if, or leave that part out of the model",
         )
     return BackendFailed(
-        f"litert-torch cannot convert the model: {type(exc).__name__}: {opened.first_line(exc)}{_place(str(exc))}",
+        f"litert-torch cannot convert the model: {type(exc).__name__}: {opened.first_line(exc)}{trace_error.place(exc)}",
         "leave LiteRT out for this model, or rewrite that part",
     )
-
-
-def _place(text: str) -> str:
-    frame = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.rpartition("The following call raised")[2] or text)
-    return f" (at {frame[1]}:{frame[2]} in {frame[3]}: {frame[4].strip()})" if frame else ""
 
 
 def _prove(data: bytes, source: LoadedSource, signature: Signature, request: BuildRequest, batch: int) -> None:

@@ -71,6 +71,40 @@ def load(engine: Artifact) -> LoadedSource:
     return loaded
 
 
+def positional(source: LoadedSource, signature: Signature) -> torch.nn.Module:
+    """The module with the signature's inputs by position and just its outputs, in order: what converters trace, since their
+    files know no names."""
+    import torch
+
+    named_outputs = importlib.import_module(LOADER).named_outputs
+    inputs = tuple(s.name for s in signature.inputs)
+    outputs = tuple(s.name for s in signature.outputs)
+
+    class Positional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = source.module
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found = named_outputs(self.model(**dict(zip(inputs, tensors, strict=True))), inputs, source.output_names)
+            return tuple(found[name] for name in outputs)
+
+    return Positional().eval()
+
+
+def at_shapes(example: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """`example` brought to those shapes, its elements taken in turn along each axis."""
+    import torch
+
+    result: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        tensor = example[name]
+        for axis, size in enumerate(shape):
+            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        result[name] = tensor.contiguous()
+    return result
+
+
 def _spec(path: Path) -> SourceSpec:
     if path.suffix == ".pt2":
         return source_spec.parse(str(path))

@@ -189,6 +189,8 @@ def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsReque
             raise  # the user's to mend, and no row's own
         except DeploykitError as exc:
             model.built[row.engine_key] = exc
+        except BugInChild as exc:
+            model.built[row.engine_key] = _as_failure(row, exc)
 
     def make(row: PlannedRow, graph: Artifact) -> Artifact | DeploykitError:
         usable = tuple(sorted({r.batch for r in model.rows if r.engine_key == row.engine_key and not r.skip}))

@@ -7,6 +7,7 @@ import re
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from deploykit import trace_error
 from deploykit.errors import ModelError
 from deploykit.stages.source import Source, user_frame, where
 
@@ -101,9 +102,8 @@ def _explained(exc: Exception, source: Source, shapes: dict[str, Any], name: str
 
     text = str(exc)
     if "onstraints violated" not in text and "pecializ" not in text:
-        frame = re.search(r'File "([^"]+)", line (\d+), in (\w+)\n\s*(.+)', text.split("The following call raised")[-1])
-        place = f" at {frame[1]}:{frame[2]} in {frame[3]}: {frame[4].strip()}" if frame else ""
-        if "data-dependent" in text or "DataDependent" in type(exc).__name__:
+        place = trace_error.place(exc)
+        if trace_error.asks_for_values(exc):
             return ModelError(
                 f"{name} branches on the values of a tensor{place}, which a graph cannot hold",
                 "use torch.where or torch.cond instead of if, or leave that part out of the model",

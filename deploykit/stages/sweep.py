@@ -175,6 +175,7 @@ def search(
         _measure(survivors, "final", evaluate)
         able = [t for t in survivors if not t.out and not _misses(t, limits)]
         if able:
+            able = _challenged(able, list(trials.values()), limits, evaluate, objective)
             best = max(able, key=lambda t: _merit(t, objective)).configuration
             for trial in able:
                 if trial.configuration != best:
@@ -184,6 +185,30 @@ def search(
                 if trial.out.startswith(_BEHIND) and "final" not in trial.scores:
                     trial.out = ""
     return Found(best, _front(list(trials.values()), qualities, best), tuple(trials.values()), clock() - start)
+
+
+def _challenged(able: list[Trial], trials: Sequence[Trial], limits: Limits, evaluate: Evaluate, objective: str) -> list[Trial]:
+    """`able`, with those that were given up on a short measurement which is better than the best one's full one: one of the two
+    was disturbed, so the first few of them are measured in full, in turns with the best. Never empty."""
+    first = max(able, key=lambda t: _merit(t, objective))
+    given_up = [t for t in trials if t.out.startswith(_BEHIND) and "final" not in t.scores and not _too_slow_at_all(t, limits)]
+    better = sorted((t for t in given_up if _merit(t, objective) > _merit(first, objective)), key=lambda t: -_merit(t, objective))
+    if not better:
+        return able
+    again = [first, *better[: MOST["look"] - 1]]
+    before = {id(t): t.scores.copy() for t in again}
+    for trial in again:
+        trial.out = ""
+    _measure(again, "final", evaluate)
+    if first.out or _misses(first, limits):  # it had kept the limits a moment ago
+        first.scores, first.out = before[id(first)], ""
+    kept = [t for t in again if not t.out and not _misses(t, limits)]
+    return [*kept, *(t for t in able if t is not first)]
+
+
+def _too_slow_at_all(trial: Trial, limits: Limits) -> bool:
+    score = trial.score
+    return score is None or (limits.max_latency_s is not None and score.p50_s > limits.max_latency_s)
 
 
 _BEHIND = "behind the best"

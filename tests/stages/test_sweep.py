@@ -160,3 +160,31 @@ def test_shown_means_the_whole_interval(drop: float, high: float | None, shown: 
     quality = Quality(drop, high)
     assert quality.refuses(Limits(max_drop_pp=0.5)) == ""
     assert quality.shown(Limits(max_drop_pp=0.5)) is shown
+
+
+class Lucky(Machine):
+    """A machine whose first short measurement of one configuration is three times too good."""
+
+    def __init__(self) -> None:
+        super().__init__(11, noisy=False)
+        ranked = sorted(self.space, key=self.rate)
+        self.lucky = ranked[len(ranked) // 2]
+
+    def evaluate(self, configurations: Sequence[Configuration], effort: str) -> Mapping[Configuration, Score | str]:
+        found = dict(super().evaluate(configurations, effort))
+        score = found.get(self.lucky)
+        if effort == "glimpse" and isinstance(score, Score):
+            best = max(self.rate(c) for c in self.space)
+            found[self.lucky] = Score(3 * best, score.p50_s / 3, score.p90_s, score.n, score.peak_rss_bytes)
+        return found
+
+
+def test_those_a_lucky_glimpse_put_out_are_measured_in_full_with_it() -> None:
+    machine = Lucky()
+    found = sweep.search([c for c in machine.space if c.batch >= 8], {}, Limits(), machine.evaluate)
+    assert found.best is not None
+    assert found.best != machine.lucky
+    best = found.trial(found.best)
+    assert best.effort == "final"
+    others = [t for t in found.trials if t.score is not None and t.configuration != found.best]
+    assert all(t.score.images_per_s <= best.scores["final"].images_per_s for t in others if t.score is not None)
