@@ -1,4 +1,4 @@
-"""The stages as commands: export, check, calibrate, quantize, build, build-trt, finetune."""
+"""The stages as commands: export, check, calibrate, quantize, finetune."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from deploykit.cli.terminal import Bar
 from deploykit.errors import EXIT_FAILED, EXIT_PASSED, InputError
 
 if TYPE_CHECKING:
-    from deploykit.artifact import Artifact
+    pass
 
 OutFile = Annotated[Path, typer.Option("-o", "--out", help="The file to write; its manifest lies beside it.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +26,6 @@ def register(app: typer.Typer) -> None:
     add(app, "check", check, "What is wrong with a graph, and the remedy.")
     add(app, "calibrate", calibrate, "Ranges of every tensor, with a fingerprint.")
     add(app, "quantize", quantize, "Precision written into the graph.")
-    add(app, "build-trt", build_trt, "TensorRT engines, for GPUs that are not here.")
-    add(app, "build", build, "One backend's engine.")
     add(app, "finetune", finetune, "Train a model on a share of the data.")
 
 
@@ -63,7 +60,7 @@ def export(
 
 
 def check(
-    model: Model,
+    model: o.Model,
     target: Annotated[
         str | None, typer.Option("--target", help="Backends to check for: tensorrt, tensorrt-rtx, onnxruntime, openvino.")
     ] = None,
@@ -90,7 +87,7 @@ def check(
 
 
 def calibrate(
-    model: Model,
+    model: o.Model,
     out: OutFile,
     data: o.Data = None,
     n: o.CalibN = 512,
@@ -119,7 +116,7 @@ def calibrate(
 
 
 def quantize(
-    model: Model,
+    model: o.Model,
     out: OutFile,
     mode: Annotated[str, typer.Option(help="static (INT8), dynamic (INT8), fp16 or mixed.")] = "static",
     calib: o.CalibFile = None,
@@ -149,159 +146,18 @@ def quantize(
     Example:  deploykit quantize model.onnx --mode static --data images/ -o model-int8.onnx
               deploykit quantize model.onnx --mode mixed --min-sqnr 25 --data images/ -o model-mixed.onnx
     """
-    from deploykit.pipeline import single
+    from deploykit.pipeline import quantizing, single
     from deploykit.pipeline.request import DataRequest
 
     budget = parsing.budget(max_drop, min_sqnr, min_agreement)
     int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding, equalize)
     request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8, budget=budget)
     with Bar() as bar:
-        made = single.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
+        made = quantizing.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
     say(f"{out}: {made.precision}, {made.size_bytes / 1e6:.1f} MB")
     for line in single.fact_lines(made):
         say(line)
     return EXIT_PASSED if single.budget_met(made) else EXIT_FAILED
-
-
-def build_trt(
-    model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engines.")],
-    fp16: Annotated[bool, typer.Option("--fp16", help="FP16 engines (the default when no precision is named).")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="INT8 engines: Q/DQ from --calib or --data, the rest in FP16.")] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="FP32 engines.")] = False,
-    calib: o.CalibFile = None,
-    data: o.Data = None,
-    n: o.CalibN = 512,
-    method: o.Method = o.DEFAULT_METHOD,
-    preprocess: o.Preprocess = None,
-    target: o.TargetNames = None,
-    batch: o.Batch = "1,8,32",
-    backend: Annotated[
-        str, typer.Option("--backend", help="auto, tensorrt (needs a GPU) or rtx (built ahead of time).")
-    ] = "auto",
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Accept an engine whose convolutions run in another precision.")
-    ] = False,
-    shapes: o.Shapes = None,
-    int8_mode: Annotated[
-        str,
-        typer.Option(
-            "--int8-mode",
-            help="explicit (Q/DQ in the graph), or implicit (TensorRT up to 10 only: a calibrator reading --calib).",
-        ),
-    ] = "explicit",
-    time_limit: Annotated[float, typer.Option("--time-limit", help="Stop a build after this many seconds.")] = 1800.0,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."
-        ),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
-    ] = False,
-) -> int:
-    """TensorRT engines with their manifests, one per target, for batch 1 to the largest named.
-
-    Example:  deploykit build-trt model.onnx --fp16 --int8 --data images/ --target sm75,sm89 -o engines-trt
-    """
-    from deploykit.pipeline import single, trt
-    from deploykit.pipeline.limited import Limits
-    from deploykit.pipeline.request import DataRequest
-
-    chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
-    request = trt.TrtRequest(
-        model,
-        tuple(chosen),
-        parsing.names(target),
-        parsing.batches(batch),
-        backend,
-        allow_fallback,
-        parsing.shapes(shapes),
-        explain,
-        int8_mode,
-        Limits(time_limit, None if memory_limit is None else int(memory_limit * 2**30)),
-    )
-    expected: list[str] = []
-
-    def tell(line: str) -> None:
-        expected.append(f"note: {line}")
-        say(f"expected: {line}")
-
-    with Bar() as bar:
-        made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar, tell)
-    for engine in made.engines:
-        _engine_line(engine)
-        for line in single.fact_lines(engine):
-            if line not in expected:
-                say(f"  {line}")
-    for line in made.warnings:
-        say(line)
-    return made.exit_code
-
-
-def build(
-    model: Model,
-    backend: Annotated[str, typer.Option("--backend", help="onnxruntime, openvino, ...: see `deploykit doctor`.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engine.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-dynamic.")] = "fp32",
-    batch: o.Batch = "1,8",
-    target: Annotated[str | None, typer.Option(help="Hardware target, where the backend has several.")] = None,
-    calib: o.CalibFile = None,
-    data: o.Data = None,
-    n: o.CalibN = 512,
-    method: o.Method = o.DEFAULT_METHOD,
-    preprocess: o.Preprocess = None,
-    shapes: o.Shapes = None,
-    tune: Annotated[
-        str | None,
-        typer.Option(help="tvm: search for faster schedules for so long (90s, 10m, 1h); goes on where a search stopped."),
-    ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option("--time-limit", help="Stop the build after this many seconds; default: 1800, and the time of --tune."),
-    ] = None,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."
-        ),
-    ] = None,
-) -> int:
-    """One backend's engine, with its manifest.
-
-    Example:  deploykit build model.onnx --backend openvino --precision fp32 -o engines-ov
-    """
-    from deploykit import backends
-    from deploykit.errors import InputError, UnknownName
-    from deploykit.pipeline import building, single
-    from deploykit.pipeline.limited import Limits
-    from deploykit.pipeline.request import DataRequest
-    from deploykit.session import PRECISIONS, BuildRequest
-
-    if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
-    chosen = backends.get(backend)
-    where = target or chosen.targets()[0]
-    if where not in chosen.all_targets():
-        raise UnknownName("target", where, chosen.all_targets())
-    if tune is not None and backend != "tvm":
-        raise InputError(f"--tune is for --backend tvm; {backend} has no search", "leave --tune out")
-    options = {} if tune is None else {"tune": parsing.seconds(tune, "--tune")}
-    wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes), options)
-    seconds = 1800.0 + options.get("tune", 0.0) if time_limit is None else time_limit
-    limits = Limits(seconds, None if memory_limit is None else int(memory_limit * 2**30))
-    with Bar() as bar:
-        request = DataRequest(data, None, preprocess, None, None, n, method, calib)
-        made = building.build_file(model, backend, wanted, out, request, bar, limits)
-    _engine_line(made)
-    for line in single.fact_lines(made):
-        say(line)
-    return EXIT_PASSED
-
-
-def _engine_line(engine: Artifact) -> None:
-    say(f"{engine.path}: {engine.options['backend']} {engine.precision} {engine.device}, {engine.size_bytes / 1e6:.1f} MB")
 
 
 def finetune(

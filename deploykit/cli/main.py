@@ -13,6 +13,7 @@ import typer
 
 from deploykit import __version__
 from deploykit.cli import (
+    build_commands,
     commands,
     config,
     config_schema,
@@ -51,6 +52,7 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
 
 line_commands.register(app)
 commands.register(app)
+build_commands.register(app)
 look_commands.register(app)
 package_command.register(app)
 sweep_command.register(app)

@@ -59,6 +59,7 @@ Opset = Annotated[int | None, typer.Option(help="ONNX opset; by default the newe
 OutputsCut = Annotated[
     str | None, typer.Option("--outputs", help="Cut the graph so that it ends at these tensors (cuts a head off).")
 ]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file.")]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -1,11 +1,10 @@
-"""One stage alone, on files: what `export`, `check`, `calibrate`, `quantize`, `build` and `build-trt` do.
+"""One stage alone, on files: what `export`, `check` and `calibrate` do, and what `quantize` and the builds begin with.
 
 Each takes a file (with its manifest, where there is one) and delivers a file with a manifest, whole or not at all.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from deploykit import artifact as artifacts
 from deploykit import calibration_table, children, data, preprocess
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import InputError, UnknownName
-from deploykit.pipeline import given, int8, prepare, ranges
+from deploykit.errors import InputError
+from deploykit.pipeline import given, prepare, ranges
 from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.request import DataRequest, Narrator, SourceRequest
@@ -26,13 +25,10 @@ from deploykit.signature import ShapeRange, Signature
 from deploykit.source_spec import parse as parse_source
 from deploykit.verdict import Finding
 
-MODES = ("static", "dynamic", "fp16", "mixed")
-LAYOUTS = ("cpu", "tensorrt")
-
 
 def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narrator: Narrator) -> Artifact:
     """The source as an ONNX file at `out`, proven at 1, 2, an odd size and the largest of `batches`."""
-    _needs_suffix(out, ".onnx")
+    needs_suffix(out, ".onnx")
     spec = parse_source(request.text, weights=request.weights, num_classes=request.num_classes, inputs=request.inputs)
     proof = prepare.proof_batches(tuple(batches))
     narrator.step(f"export {spec.name}")
@@ -52,7 +48,7 @@ def export_file(request: SourceRequest, out: Path, batches: Sequence[int], narra
         return deliver(replace(made, options={**options, **made.options}, parent=spec.digest()), out)
 
 
-def _needs_suffix(out: Path, suffix: str) -> None:
+def needs_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise InputError(f"-o {out} should end in {suffix}", f"example: -o {out.stem or 'model'}{suffix}")
     if out.is_dir():
@@ -148,150 +144,6 @@ def calibrate_file(
     return table
 
 
-def quantize_file(
-    path: Path, mode: str, layout: str, out: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
-) -> Artifact:
-    """The model with precision written into the graph, at `out`."""
-    if mode not in MODES:
-        raise UnknownName("mode", mode, MODES)
-    if layout not in LAYOUTS:
-        raise UnknownName("layout", layout, LAYOUTS)
-    _needs_suffix(out, ".onnx")
-    model = open_model(path)
-    if not request.int8.equalize:
-        return _quantize_file(model, path, mode, layout, out, request, narrator, shapes)
-    samples = _to_equalize(model, mode, request, shapes)
-    narrator.step(f"equalize {path.name} on {len(samples)} samples")
-    with scratch_beside(out) as folder:
-        level = folder / "equalized.onnx"
-        facts = children.run("equalize", _equalize, path, samples, level, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress)
-        given_facts = {**model.artifact.facts, "equalized": facts}
-        levelled = replace(model, digest=open_model(level).digest, artifact=replace(model.artifact, facts=given_facts))
-        return _quantize_file(levelled, level, mode, layout, out, request, narrator, shapes)
-
-
-def _to_equalize(model: ModelFile, mode: str, request: DataRequest, shapes: Mapping[str, ShapeRange]) -> Samples:
-    """The samples that --equalize looks at: those that calibrate. Raises InputError where it makes no sense."""
-    from deploykit.pipeline import mixed
-
-    if mode not in ("static", "mixed"):
-        raise InputError(f"--equalize goes with INT8 from calibration, not with --mode {mode}", "leave --equalize out")
-    if request.calib_table is not None:
-        raise InputError(
-            "--equalize changes the ranges, so a table of the model as it is (--calib) does not fit", "leave one out"
-        )
-    if request.data is None:
-        raise InputError("--equalize needs calibration samples, and there are none", "add --data DATA")
-    everything = open_data(model, request.data, request, shapes)
-    if mode == "static":
-        return data.calibration_share(everything, request.calib_n)
-    return mixed.tuning_share(data.split(everything, calib_n=request.calib_n + mixed.TUNE_N)[0])[0]
-
-
-def _equalize(path: Path, samples: Samples, out: Path) -> dict[str, Any]:
-    """What equalizing has done; the model lies at `out`; runs in a child process."""
-    from deploykit.stages import precision
-
-    return dict(precision.equalize(path, samples, out).facts)
-
-
-def _quantize_file(
-    model: ModelFile,
-    path: Path,
-    mode: str,
-    layout: str,
-    out: Path,
-    request: DataRequest,
-    narrator: Narrator,
-    shapes: Mapping[str, ShapeRange],
-) -> Artifact:
-    """`quantize_file` of a model that was read: `path` has its graph, the model at hand or that one equalized."""
-    if mode == "mixed":
-        return _mixed_file(model, path, layout, out, request, narrator, shapes)
-    if request.budget is not None:
-        raise InputError(f"a budget goes with --mode mixed, not with {mode}", "add --mode mixed")
-    table, recipe = table_and_recipe(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
-    narrator.step(f"quantize {path.name} {mode}")
-    with scratch_beside(out) as folder:
-        made: Artifact = children.run(
-            "quantize",
-            _quantize,
-            path,
-            mode,
-            layout,
-            table,
-            recipe,
-            folder / out.name,
-            timeout_s=STAGE_TIMEOUT_S,
-            progress=narrator.progress,
-        )
-        kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
-        made = replace(
-            made,
-            parent=model.artifact.sha256,
-            facts={**kept, **made.facts},
-            options={"mode": mode, "layout": layout, **made.options, "equalize": request.int8.equalize},
-        )
-        return deliver(made, out)
-
-
-def _mixed_file(
-    model: ModelFile,
-    path: Path,
-    layout: str,
-    out: Path,
-    request: DataRequest,
-    narrator: Narrator,
-    shapes: Mapping[str, ShapeRange],
-) -> Artifact:
-    """The mixed graph for the budget at `out`; whatever is best so far lies there already while the search goes on."""
-    from deploykit.pipeline import mixed
-    from deploykit.stages.mixed import Budget
-
-    budget = request.budget or Budget()  # which raises: there is none
-    if request.data is None:
-        raise InputError("mixed precision needs samples to calibrate and to tune on", "add --data DATA")
-    children.run("read", _require_float, path)
-    everything = open_data(model, request.data, request, shapes)
-    calibration, judge = data.split(everything, calib_n=request.calib_n + mixed.TUNE_N)
-    calibrate, tune = mixed.tuning_share(calibration)
-    recipe = Int8Recipe(request.int8, calibrate)
-    table = make_table(model, path, request, calibrate, narrator)
-    task = mixed.Task(path, layout, table, recipe, budget, tune, judge)
-    kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
-
-    def finished(made: Artifact) -> Artifact:
-        options = {
-            "mode": "mixed",
-            "layout": layout,
-            "budget": budget.in_words(),
-            **made.options,
-            "equalize": request.int8.equalize,
-        }
-        return replace(made, parent=model.artifact.sha256, facts={**kept, **made.facts}, options=options)
-
-    with scratch_beside(out) as folder:
-
-        def better(made: Artifact) -> None:
-            copy = folder / "best"
-            shutil.rmtree(copy, ignore_errors=True)
-            copy.mkdir()
-            for name in [made.path.name, *made.companions]:
-                shutil.copyfile(made.path.parent / name, copy / (out.name if name == made.path.name else name))
-            deliver(finished(replace(made, path=copy / out.name)), out)
-
-        made = mixed.find(task, folder, out.with_name(out.name + ".search.json"), narrator, better)
-        better(made)
-        return artifacts.load(out)
-
-
-def _require_float(path: Path) -> None:
-    """Raises ModelError for a model that is quantized already; runs in a child process."""
-    from deploykit import graph, observation
-
-    observation.require_float(graph.load(path), path)
-
-
 def table_and_recipe(
     model: ModelFile,
     path: Path,
@@ -326,17 +178,6 @@ def make_table(
         "calibrate", ranges.collect, path, chosen, request.method, timeout_s=STAGE_TIMEOUT_S, progress=narrator.progress
     )
     return made
-
-
-def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None, recipe: Int8Recipe, out: Path) -> Artifact:
-    from deploykit.stages import precision
-
-    if mode == "fp16":
-        return precision.to_fp16(path, out)
-    if mode == "dynamic":
-        return precision.to_int8_dynamic(path, out)
-    assert table is not None
-    return int8.write(path, table, layout, "fp32", recipe, (), out)
 
 
 def proof_lines(made: Artifact) -> list[str]:

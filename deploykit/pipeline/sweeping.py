@@ -1,42 +1,22 @@
-"""sweep: the search's space from what this machine can run, its evaluations in children, what was glimpsed kept for next time."""
+"""sweep: the search's space from what this machine can run, and its recommendation in words."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deploykit import artifact as artifacts
-from deploykit import backends, hosted, machine
-from deploykit.artifact import Artifact
-from deploykit.children import BugInChild, Child
+from deploykit import backends, machine
 from deploykit.drift import Drift
 from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_PASSED, DeploykitError, InputError, MissingBackend
-from deploykit.measurement import Measurement
 from deploykit.pipeline import line, measuring
 from deploykit.pipeline.line import LineRequest, Ready
 from deploykit.pipeline.request import Narrator
-from deploykit.pipeline.workshop import backend_code
-from deploykit.session import OpenRequest
-from deploykit.signature import Feeds
-from deploykit.stages import bench, sweep
-from deploykit.stages.sweep import Configuration, Found, Limits, Quality, Score
-from deploykit.store import source_hash
+from deploykit.pipeline.sweep_bench import DURATIONS, GLIMPSE_COST_S, GLIMPSE_S, Evaluations, Notes
+from deploykit.stages import sweep
+from deploykit.stages.sweep import Configuration, Found, Limits, Quality
 
-GLIMPSE_S = 0.1  # twice, and the better one counts: a glimpse may only rule out what is far behind
-# One launch decides who stays; three, the recommendation: identical processes differ by about 3 %.
-_DURATIONS = {
-    "look": bench.Duration("look", launches=1, rounds=4, seconds=0.8, limit_s=0.8, enough_runs=1),
-    "final": bench.Duration("final", launches=3, rounds=4, seconds=3.0, limit_s=6.0, enough_runs=64),
-}
-_GLIMPSE_COST_S = 1.0  # with opening the engine and warming it up
 SCHEMA_VERSION = 1
 
 
@@ -134,7 +114,7 @@ def take(request: SweepRequest, say: Narrator) -> Swept:
         raise _no_labels()
     space = _space(made, request)
     pools, digest = line.pools_for(made.models[0].signature, made.samples.judge, {c.batch for c in space}, made.rows)
-    with _Bench(made, pools, digest, say) as evaluations:
+    with Evaluations(made, pools, digest, say) as evaluations:
         qualities = _qualities(made, evaluations.notes, say)
         say.step(f"sweep: {len(space)} configurations, at most about {_most_s(space):,.0f} s")
         found = sweep.search(
@@ -153,9 +133,9 @@ def _no_labels() -> InputError:
 
 
 def _most_s(space: Sequence[Configuration]) -> float:
-    looks = min(len(space), sweep.MOST["glimpse"]) * (_DURATIONS["look"].seconds + _GLIMPSE_COST_S)
-    final = _DURATIONS["final"]
-    return len(space) * (GLIMPSE_S + _GLIMPSE_COST_S) + looks + sweep.MOST["look"] * (final.limit_s + 3 * _GLIMPSE_COST_S)
+    looks = min(len(space), sweep.MOST["glimpse"]) * (DURATIONS["look"].seconds + GLIMPSE_COST_S)
+    final = DURATIONS["final"]
+    return len(space) * (GLIMPSE_S + GLIMPSE_COST_S) + looks + sweep.MOST["look"] * (final.limit_s + 3 * GLIMPSE_COST_S)
 
 
 def _absent(made: Ready) -> dict[str, str]:
@@ -188,7 +168,7 @@ def _space(made: Ready, request: SweepRequest) -> list[Configuration]:
     return list(found)
 
 
-def _qualities(made: Ready, notes: _Notes, say: Narrator) -> dict[tuple[str, str], Quality]:
+def _qualities(made: Ready, notes: Notes, say: Narrator) -> dict[tuple[str, str], Quality]:
     """Accuracy and size of each engine: measured once, on the samples that judge, then kept; what failed is tried anew
     the next time."""
     sizes = {(e.row.backend, e.row.precision): e.engine.size_bytes for e in made.entries}
@@ -221,114 +201,6 @@ def _qualities(made: Ready, notes: _Notes, say: Narrator) -> dict[tuple[str, str
 
 def _is_reference(made: Ready, backend: str, precision: str) -> bool:
     return made.reference is not None and made.reference[1:3] == (backend, precision)
-
-
-class _Notes:
-    """What is kept between two sweeps of the same thing: one JSON file in the store, of the same engines, samples, machine,
-    versions and code."""
-
-    def __init__(self, made: Ready, digest: str) -> None:
-        package = Path(__file__).parent.parent
-        own = {file for e in made.entries for file in backend_code(e.row.backend)}
-        code = [*sorted(own), package / "hosted.py", Path(__file__)]
-        engines = sorted([e.row.id, e.engine.sha256, e.engine.parent or ""] for e in made.entries)
-        judge = made.samples.judge
-        labels = repr(judge.labels) if judge is not None else ""
-        shapes = repr(sorted(made.rows.shapes.items()))
-        versions = sorted(item for e in made.entries for item in backends.get(e.row.backend).versions().items())
-        parts = [source_hash(*code), engines, digest, judge.digest if judge else "", labels, shapes, versions]
-        mark = hashlib.sha256(json.dumps([*parts, machine.fingerprint()], default=str).encode()).hexdigest()
-        self.path = made.store.root / f".sweep-{mark[:20]}.json"
-        self.doc: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            self.doc = dict(json.loads(self.path.read_text()))
-
-    def save(self) -> None:
-        """Writes the file, whole or not at all."""
-        artifacts.write_atomically(self.path, json.dumps(self.doc).encode())
-
-
-class _Bench:
-    """The evaluations: glimpses in one child per engine, kept open for its next configuration; rounds as `bench` measures."""
-
-    def __init__(self, made: Ready, pools: Mapping[int, list[Feeds]], digest: str, say: Narrator) -> None:
-        self._made, self._pools, self._say = made, pools, say
-        self._engines: dict[tuple[str, str], Artifact] = {(e.row.backend, e.row.precision): e.engine for e in made.entries}
-        self.notes = _Notes(made, digest)
-        self.reused = 0
-        self._child: Child | None = None
-        self._serves: tuple[str, str, int] | None = None
-        self._glimpsed = 0
-
-    def __enter__(self) -> _Bench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.close()
-        self._child = self._serves = None
-
-    def evaluate(self, configurations: Sequence[Configuration], effort: str) -> dict[Configuration, Score | str]:
-        """The scores of one round, or why there is none."""
-        if effort == "glimpse":
-            return {c: self._glimpse(c) for c in configurations}
-        self._close()
-        self._say.step(f"{effort}: {len(configurations)} configurations in turns")
-        targets = [self._target(c) for c in configurations]
-        found = bench.measure(targets, self._pools, _DURATIONS[effort], progress=self._say.progress)
-        return {c: _score(found[str(c)]) for c in configurations}
-
-    def _target(self, c: Configuration) -> bench.Target:
-        return bench.Target(str(c), c.backend, self._engines[c.engine].path, self._opening(c), group="sweep")
-
-    def _opening(self, c: Configuration) -> OpenRequest:
-        options = {"streams": c.streams} if c.streams > 1 else {}
-        return OpenRequest(c.precision, c.batch, c.threads, dict(self._made.rows.shapes), options)
-
-    def _glimpse(self, c: Configuration) -> Score | str:
-        kept = self.notes.doc.setdefault("glimpses", {})
-        self._glimpsed += 1
-        self._say.progress(str(c), min(0.95, 0.02 * self._glimpsed))
-        if str(c) in kept:
-            self.reused += 1
-            return Score(**kept[str(c)])
-        try:
-            score = self._measured(c)
-        except DeploykitError as exc:
-            self._close()
-            return exc.message
-        except BugInChild as exc:
-            self._close()
-            return str(exc).strip().splitlines()[-1]
-        kept[str(c)] = asdict(score)
-        self.notes.save()
-        return score
-
-    def _measured(self, c: Configuration) -> Score:
-        serves = (*c.engine, c.threads)
-        if self._serves != serves:
-            self._close()
-            self._child, self._serves = Child(str(c), threads=c.threads), serves
-        assert self._child is not None
-        call = self._child.call
-        call(hosted.open_engine, c.backend, self._engines[c.engine].path, self._opening(c), timeout_s=bench.OPEN_TIMEOUT_S)
-        call(hosted.bind_briefly, self._pools[c.batch], timeout_s=bench.OPEN_TIMEOUT_S)
-        windows = [call(hosted.window, GLIMPSE_S, timeout_s=bench.WINDOW_TIMEOUT_S) for _ in range(2)]
-        p50_s = min(float(np.median(window.seconds)) for window in windows)
-        # by the median, not the wall clock: one interruption would weigh too much in so short a window
-        return Score(c.batch * c.streams / p50_s, p50_s, n=sum(len(window.seconds) for window in windows))
-
-
-def _score(found: Measurement | DeploykitError) -> Score | str:
-    if isinstance(found, DeploykitError):
-        return found.message
-    p50 = found.percentile_s(50)
-    assert p50 is not None
-    return Score(found.images_per_s, p50, found.percentile_s(90), found.n_timed, found.peak_rss_bytes or None)
 
 
 def lines(swept: Swept) -> Iterator[str]:

@@ -11,7 +11,7 @@ import tiny_models
 from deploykit.cli import parsing
 from deploykit.cli.main import run
 from deploykit.errors import InputError
-from deploykit.pipeline import sweeping
+from deploykit.pipeline import sweep_bench, sweeping
 from deploykit.pipeline.line import LineRequest
 from deploykit.stages import bench
 
@@ -66,7 +66,7 @@ def test_a_sweep_s_json_is_alone_on_standard_output(
 ) -> None:
     pytest.importorskip("onnxruntime")
     quick = bench.Duration("test", launches=1, rounds=2, seconds=0.1, limit_s=0.1, enough_runs=1)
-    monkeypatch.setattr(sweeping, "_DURATIONS", {"look": quick, "final": quick})
+    monkeypatch.setattr(sweep_bench, "DURATIONS", {"look": quick, "final": quick})
     model = tiny_models.conv_net(tmp_path / "tiny.onnx")
     typed = ["sweep", str(model), "--backend", "onnxruntime", "--precision", "fp32", "--batch", "1,2", "--threads", "1"]
     assert run([*typed, "--store", str(tmp_path / "store"), "--json", "-"]) == 0

@@ -12,7 +12,7 @@ import tiny_models
 from deploykit import children, report_document
 from deploykit.errors import BackendFailed, InputError
 from deploykit.loadgen import LoadOutcome
-from deploykit.pipeline import delivery, line, measuring, rooflines, scenarios, sweeping
+from deploykit.pipeline import delivery, line, measuring, rooflines, scenarios, sweep_bench, sweeping
 from deploykit.pipeline.line import LineRequest, LineResult
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
 from deploykit.roofline import Ceilings
@@ -198,8 +198,8 @@ def test_a_bug_while_the_ceilings_are_measured_costs_the_roofline_and_not_the_ru
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = bench.Duration("test", launches=1, rounds=2, seconds=0.1, limit_s=0.1, enough_runs=1)
-    monkeypatch.setattr(sweeping, "_DURATIONS", {"look": quick, "final": quick})
-    monkeypatch.setattr(sweeping, "GLIMPSE_S", 0.02)
+    monkeypatch.setattr(sweep_bench, "DURATIONS", {"look": quick, "final": quick})
+    monkeypatch.setattr(sweep_bench, "GLIMPSE_S", 0.02)
 
 
 def test_a_sweep_recommends_and_says_how_to_measure_it_again(request_: LineRequest, short: None) -> None:
@@ -259,7 +259,9 @@ def test_an_accuracy_that_failed_is_said_and_measured_anew_the_next_time(
 def test_a_sweep_where_everything_fails_ends_with_the_backend_s_code(
     request_: LineRequest, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping._Bench, "evaluate", lambda self, configurations, effort: dict.fromkeys(configurations, "broke"))
+    monkeypatch.setattr(
+        sweep_bench.Evaluations, "evaluate", lambda self, configurations, effort: dict.fromkeys(configurations, "broke")
+    )
     swept = sweeping.take(sweeping.SweepRequest(request_, Limits(), (1,)), Silent())
     assert swept.exit_code == 4
     assert "failed to open or run" in next(sweeping.lines(swept))

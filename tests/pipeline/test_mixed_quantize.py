@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from deploykit import artifact as artifacts
 from deploykit.errors import InputError, ModelError
-from deploykit.pipeline import line, mixed, single
+from deploykit.pipeline import line, mixed, quantizing, single
 from deploykit.pipeline.request import DataRequest, Int8Request, RowsRequest, Silent, SourceRequest
 from deploykit.stages.mixed import Budget
 
@@ -35,7 +35,7 @@ def net(tmp_path: Path) -> Path:
 
 def quantize(net: Path, mode: str = "static", layout: str = "cpu", **changes: Any) -> artifacts.Artifact:
     request = DataRequest(**{"data": str(net.parent / "data.npz"), "calib_n": 16, **changes})
-    return single.quantize_file(net, mode, layout, net.parent / "out.onnx", request, Silent(), {})
+    return quantizing.quantize_file(net, mode, layout, net.parent / "out.onnx", request, Silent(), {})
 
 
 def test_biases_are_corrected_wherever_there_are_samples(net: Path) -> None:
@@ -107,7 +107,7 @@ def test_bad_requests(net: Path) -> None:
     quantize(net).path.rename(net.parent / "int8.onnx")
     request = DataRequest(str(net.parent / "data.npz"), budget=Budget(min_sqnr_db=20.0))
     with pytest.raises(ModelError, match="already quantized"):
-        single.quantize_file(net.parent / "int8.onnx", "mixed", "cpu", net.parent / "o.onnx", request, Silent(), {})
+        quantizing.quantize_file(net.parent / "int8.onnx", "mixed", "cpu", net.parent / "o.onnx", request, Silent(), {})
     assert not (net.parent / "o.onnx").exists()
 
 

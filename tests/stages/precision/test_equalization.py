@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from deploykit import graph as graphs
 from deploykit.errors import InputError
-from deploykit.pipeline import single
+from deploykit.pipeline import quantizing, single
 from deploykit.pipeline.request import DataRequest, Int8Request, Silent
 from deploykit.samples import Samples
 from deploykit.stages import calibration, precision
@@ -180,7 +180,7 @@ def quantized(folder: Path, mode: str = "static", **more: object) -> single.Arti
     samples = samples_of(path)
     np.savez(folder / "data.npz", x=samples.reader.read(list(samples.indices))["x"])
     request = DataRequest(str(folder / "data.npz"), int8=Int8Request(equalize=True), **more)  # type: ignore[arg-type]
-    return single.quantize_file(path, mode, "cpu", folder / "out.onnx", request, Silent(), {})
+    return quantizing.quantize_file(path, mode, "cpu", folder / "out.onnx", request, Silent(), {})
 
 
 def test_quantize_equalizes_first_and_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""The evaluations of a sweep: in child processes, what was glimpsed kept for the next time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit import artifact as artifacts
+from deploykit import backends, hosted, machine
+from deploykit.artifact import Artifact
+from deploykit.children import BugInChild, Child
+from deploykit.errors import DeploykitError
+from deploykit.measurement import Measurement
+from deploykit.pipeline.line import Ready
+from deploykit.pipeline.request import Narrator
+from deploykit.pipeline.workshop import backend_code
+from deploykit.session import OpenRequest
+from deploykit.signature import Feeds
+from deploykit.stages import bench
+from deploykit.stages.sweep import Configuration, Score
+from deploykit.store import source_hash
+
+GLIMPSE_S = 0.1  # twice, and the better one counts: a glimpse may only rule out what is far behind
+# One launch decides who stays; three, the recommendation: identical processes differ by about 3 %.
+DURATIONS = {
+    "look": bench.Duration("look", launches=1, rounds=4, seconds=0.8, limit_s=0.8, enough_runs=1),
+    "final": bench.Duration("final", launches=3, rounds=4, seconds=3.0, limit_s=6.0, enough_runs=64),
+}
+GLIMPSE_COST_S = 1.0  # with opening the engine and warming it up
+
+
+class Notes:
+    """What is kept between two sweeps of the same thing: one JSON file in the store, of the same engines, samples, machine,
+    versions and code."""
+
+    def __init__(self, made: Ready, digest: str) -> None:
+        package = Path(__file__).parent.parent
+        own = {file for e in made.entries for file in backend_code(e.row.backend)}
+        code = [*sorted(own), package / "hosted.py", Path(__file__)]
+        engines = sorted([e.row.id, e.engine.sha256, e.engine.parent or ""] for e in made.entries)
+        judge = made.samples.judge
+        labels = repr(judge.labels) if judge is not None else ""
+        shapes = repr(sorted(made.rows.shapes.items()))
+        versions = sorted(item for e in made.entries for item in backends.get(e.row.backend).versions().items())
+        parts = [source_hash(*code), engines, digest, judge.digest if judge else "", labels, shapes, versions]
+        mark = hashlib.sha256(json.dumps([*parts, machine.fingerprint()], default=str).encode()).hexdigest()
+        self.path = made.store.root / f".sweep-{mark[:20]}.json"
+        self.doc: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self.doc = dict(json.loads(self.path.read_text()))
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all."""
+        artifacts.write_atomically(self.path, json.dumps(self.doc).encode())
+
+
+class Evaluations:
+    """The evaluations: glimpses in one child per engine, kept open for its next configuration; rounds as `bench` measures."""
+
+    def __init__(self, made: Ready, pools: Mapping[int, list[Feeds]], digest: str, say: Narrator) -> None:
+        self._made, self._pools, self._say = made, pools, say
+        self._engines: dict[tuple[str, str], Artifact] = {(e.row.backend, e.row.precision): e.engine for e in made.entries}
+        self.notes = Notes(made, digest)
+        self.reused = 0
+        self._child: Child | None = None
+        self._serves: tuple[str, str, int] | None = None
+        self._glimpsed = 0
+
+    def __enter__(self) -> Evaluations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.close()
+        self._child = self._serves = None
+
+    def evaluate(self, configurations: Sequence[Configuration], effort: str) -> dict[Configuration, Score | str]:
+        """The scores of one round, or why there is none."""
+        if effort == "glimpse":
+            return {c: self._glimpse(c) for c in configurations}
+        self._close()
+        self._say.step(f"{effort}: {len(configurations)} configurations in turns")
+        targets = [self._target(c) for c in configurations]
+        found = bench.measure(targets, self._pools, DURATIONS[effort], progress=self._say.progress)
+        return {c: _score(found[str(c)]) for c in configurations}
+
+    def _target(self, c: Configuration) -> bench.Target:
+        return bench.Target(str(c), c.backend, self._engines[c.engine].path, self._opening(c), group="sweep")
+
+    def _opening(self, c: Configuration) -> OpenRequest:
+        options = {"streams": c.streams} if c.streams > 1 else {}
+        return OpenRequest(c.precision, c.batch, c.threads, dict(self._made.rows.shapes), options)
+
+    def _glimpse(self, c: Configuration) -> Score | str:
+        kept = self.notes.doc.setdefault("glimpses", {})
+        self._glimpsed += 1
+        self._say.progress(str(c), min(0.95, 0.02 * self._glimpsed))
+        if str(c) in kept:
+            self.reused += 1
+            return Score(**kept[str(c)])
+        try:
+            score = self._measured(c)
+        except DeploykitError as exc:
+            self._close()
+            return exc.message
+        except BugInChild as exc:
+            self._close()
+            return str(exc).strip().splitlines()[-1]
+        kept[str(c)] = asdict(score)
+        self.notes.save()
+        return score
+
+    def _measured(self, c: Configuration) -> Score:
+        serves = (*c.engine, c.threads)
+        if self._serves != serves:
+            self._close()
+            self._child, self._serves = Child(str(c), threads=c.threads), serves
+        assert self._child is not None
+        call = self._child.call
+        call(hosted.open_engine, c.backend, self._engines[c.engine].path, self._opening(c), timeout_s=bench.OPEN_TIMEOUT_S)
+        call(hosted.bind_briefly, self._pools[c.batch], timeout_s=bench.OPEN_TIMEOUT_S)
+        windows = [call(hosted.window, GLIMPSE_S, timeout_s=bench.WINDOW_TIMEOUT_S) for _ in range(2)]
+        p50_s = min(float(np.median(window.seconds)) for window in windows)
+        # by the median, not the wall clock: one interruption would weigh too much in so short a window
+        return Score(c.batch * c.streams / p50_s, p50_s, n=sum(len(window.seconds) for window in windows))
+
+
+def _score(found: Measurement | DeploykitError) -> Score | str:
+    if isinstance(found, DeploykitError):
+        return found.message
+    p50 = found.percentile_s(50)
+    assert p50 is not None
+    return Score(found.images_per_s, p50, found.percentile_s(90), found.n_timed, found.peak_rss_bytes or None)
