@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,17 +97,18 @@ def sweep(
         rows=RowsRequest(parsing.names(backend), parsing.names(precision), parsing.batches(batch), shapes=parsing.shapes(shapes)),
         store=store,
     )
-    given: list[tuple[str, object]] = [("--weights", weights), ("--num-classes", num_classes)]
-    given += [("--input", text) for text in inputs or ()]
-    given += [("--data", data), ("--calib-data", calib_data), ("--preprocess", preprocess), ("--classes", classes)]
-    given += [("--limit", limit), ("--calib", calib), *(("--shapes", text) for text in shapes or ())]
-    defaults: tuple[tuple[str, object, object], ...] = (
-        ("--calib-n", calib_n, DEFAULT_CALIBRATION_N),
-        ("--method", method, o.DEFAULT_METHOD),
-        ("--store", store, DEFAULT_STORE),
+    command = _again(
+        target,
+        [
+            *(("--weights", weights, None), ("--num-classes", num_classes, None)),
+            *(("--input", text, None) for text in inputs or ()),
+            *(("--data", data, None), ("--calib-data", calib_data, None), ("--preprocess", preprocess, None)),
+            *(("--classes", classes, None), ("--limit", limit, None), ("--calib", calib, None)),
+            *(("--shapes", text, None) for text in shapes or ()),
+            *(("--calib-n", calib_n, DEFAULT_CALIBRATION_N), ("--method", method, o.DEFAULT_METHOD)),
+            ("--store", store, DEFAULT_STORE),
+        ],
     )
-    given += [(name, value) for name, value, default in defaults if value != default]
-    command = ["deploykit", "bench", target, *(x for name, value in given if value is not None for x in (name, str(value)))]
     request = sweeping.SweepRequest(
         line,
         limits,
@@ -114,7 +116,7 @@ def sweep(
         parsing.counts(streams, "--streams"),
         objective,
         parsing.seconds(budget, "--budget") if budget else None,
-        tuple(command),
+        command,
     )
     with Bar() as bar:
         swept = sweeping.take(request, bar)
@@ -123,6 +125,12 @@ def sweep(
     if json_file != "-":
         _show(swept)
     return swept.exit_code
+
+
+def _again(target: str, options: Iterable[tuple[str, object, object]]) -> tuple[str, ...]:
+    """The `bench` command that measures the same thing: of (option, value, default) those that are not the default."""
+    given = ((name, str(value)) for name, value, default in options if value is not None and value != default)
+    return ("deploykit", "bench", target, *(text for pair in given for text in pair))
 
 
 def _show(swept: Swept) -> None:
