@@ -26,8 +26,8 @@ table: install
 		--markdown table/table.md --json table/table.json --html table/table.html
 
 test: install
-	$(BIN)/ruff check deploykit tests benchmarks examples
-	$(BIN)/ruff format --check deploykit tests benchmarks examples
+	$(BIN)/ruff check deploykit tests benchmarks examples scripts
+	$(BIN)/ruff format --check deploykit tests benchmarks examples scripts
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 

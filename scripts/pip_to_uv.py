@@ -33,7 +33,10 @@ def exports(listing: str) -> dict[str, str]:
         variable, between = VARIABLES[option]
         values = quoted.strip("'\"").replace("\\n", " ").split()
         if between and variable in found:
-            values = [*found[variable].split(between), *(value for value in values if value not in found[variable].split(between))]
+            values = [
+                *found[variable].split(between),
+                *(value for value in values if value not in found[variable].split(between)),
+            ]
         found[variable] = (between or " ").join(values)
     return found
 

@@ -299,6 +299,34 @@ def squeeze_excite() -> onnx.ModelProto:
     return model(nodes, [const("w1", 4, 3, 3, 3), const("b1", 4), const("w2", 4, 4, 1, 1), scales], outputs=("y", "y2", "c"))
 
 
+def dense_block() -> onnx.ModelProto:
+    """DenseNet's: joined features, normalized before the convolution; the second join also feeds a convolution directly."""
+    stats = [
+        t
+        for k, channels in (("1", 8), ("2", 12))
+        for t in (
+            const(f"g{k}", channels, scale=1),
+            const(f"be{k}", channels),
+            const(f"m{k}", channels),
+            numpy_helper.from_array(np.full(channels, 0.7, np.float32), f"v{k}"),
+        )
+    ]
+    nodes = [
+        conv("x", "a", "w1", "b1"),
+        conv("a", "c", "w2", "b2"),
+        node("Concat", ["a", "c"], ["j1"], axis=1, name="read_as_float"),
+        node("BatchNormalization", ["j1", "g1", "be1", "m1", "v1"], ["n1"]),
+        node("Relu", ["n1"], ["r1"]),
+        conv("r1", "d", "w3", "b3"),
+        node("Concat", ["a", "c", "d"], ["j2"], axis=1, name="read_in_integers"),
+        node("BatchNormalization", ["j2", "g2", "be2", "m2", "v2"], ["n2"]),
+        conv("j2", "e", "w4"),
+        node("Add", ["n2", "e"], ["y"]),
+    ]
+    weights = [const("w1", 4, 3, 3, 3), const("w2", 4, 4, 3, 3), const("w3", 4, 8, 3, 3), const("w4", 12, 12, 3, 3)]
+    return model(nodes, [*weights, const("b1", 4), const("b2", 4), const("b3", 4), *stats])
+
+
 def old_opset() -> onnx.ModelProto:
     return model([conv("x", "c", "w"), node("Relu", ["c"], ["y"])], [const("w", 4, 3, 3, 3)], opset=11, ir=6)
 
@@ -338,6 +366,6 @@ ZOO: dict[str, Callable[[], onnx.ModelProto]] = {
     for f in (
         batch_norm, leading_batch_norm, several_inputs, control_flow, shared_weights, grouped, transposed, one_dimension,
         three_dimensions, odd_gemms, weights_as_inputs, hidden_weights, run_time_weights, dead_channel, residual,
-        squeeze_excite, old_opset, attention, local_function,
+        squeeze_excite, dense_block, old_opset, attention, local_function,
     )
 }  # fmt: skip

@@ -36,6 +36,7 @@ def plan(graph: FloatGraph, ranges: Ranges, keep_float: Collection[str] = ()) ->
         elif node.name not in keep_float and _follows(graph, ranges, result, i):
             _add(graph, result, integer, i)
     _matrix_results(graph, ranges, result, integer)
+    _leave_joins_read_as_float(graph, result, integer)
     return result
 
 
@@ -109,3 +110,26 @@ def _matrix_results(graph: FloatGraph, ranges: Ranges, result: Plan, integer: Co
         readers = {edge[0] for edge in graph.consumers.get(name, ())}
         if name in result.edges and readers & set(integer) and _has_range(ranges, result, name):
             _go_through(graph, result, name)
+
+
+def _leave_joins_read_as_float(graph: FloatGraph, result: Plan, integer: set[int]) -> None:
+    """A Concat that only float operators read stays in float: a second rounding of values that no integer kernel reads.
+
+    It also keeps OpenVINO alive: 2026.4 dies of a segmentation fault (MoveFakeQuantize) on Concat, Q, DQ, BatchNormalization with
+    a zero point other than zero, as every DenseNet has it.
+    """
+    for i in sorted(integer, reverse=True):
+        node = graph.nodes[i]
+        if node.op_type != "Concat":
+            continue
+        name = fused_tail(graph, node.output[0])
+        if any(reader in integer for reader, _ in graph.consumers.get(name, ())):
+            continue
+        integer.discard(i)
+        result.through.discard(name)
+        result.edges.pop(name, None)
+        for source in node.input:
+            if source not in result.through and source in result.edges:
+                result.edges[source] = [edge for edge in result.edges[source] if edge[0] != i]
+                if not result.edges[source]:
+                    del result.edges[source]
