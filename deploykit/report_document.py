@@ -50,7 +50,8 @@ class Report:
     by role ('calibrate', 'judge'); versions: package -> version; measured_at: ISO 8601; measurements: row id ->
     `Measurement.to_json()`, kept in a file beside the report; drifts: row id -> statistics of that row's drift; scenarios: row id ->
     what MLPerf's LoadGen found; explanations: engine ('name backend precision') -> why its INT8 is not faster ('verdict',
-    'findings', 'batch').
+    'findings', 'batch'); layer_drifts: quantized graph ('name kind') -> its layers' SQNR against the float graph ('rows', 'n', 'layers',
+    'notes').
     """
 
     rows: tuple[Row, ...]
@@ -68,6 +69,7 @@ class Report:
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scenarios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     explanations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layer_drifts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     wrong_checksum: str = ""  # the one its file states, where the rest of the file does not have it: edited by hand
 
@@ -135,6 +137,7 @@ class Report:
             "drifts": finite({k: dict(v) for k, v in self.drifts.items()}),
             "scenarios": finite({k: dict(v) for k, v in self.scenarios.items()}),
             "explanations": finite({k: dict(v) for k, v in self.explanations.items()}),
+            "layer_drifts": finite({k: dict(v) for k, v in self.layer_drifts.items()}),
         }
         return {**doc, "checksum": self.wrong_checksum or checksum(doc)}
 
@@ -182,9 +185,34 @@ class Report:
             drifts=drifts,
             scenarios={k: _expect(v, dict, f"{where}: scenarios.{k}") for k, v in mapping("scenarios").items()},
             explanations={k: _expect(v, dict, f"{where}: explanations.{k}") for k, v in mapping("explanations").items()},
+            layer_drifts={k: _layer_drift(v, f"{where}: layer_drifts.{k}") for k, v in mapping("layer_drifts").items()},
             measurements=measurements or {},
             wrong_checksum=_wrong_checksum(top, where),
         )
+
+
+_OPTIONAL = (int, float, type(None))
+_LAYER: Mapping[str, Any] = {
+    **dict.fromkeys(("layer", "op"), str),
+    "position": int,
+    "identical": bool,
+    "reasons": list,
+    **dict.fromkeys(("sqnr_db", "own_sqnr_db", "weights_sqnr_db", "input_sqnr_db"), _OPTIONAL),
+}
+
+
+def _layer_drift(value: Any, where: str) -> dict[str, Any]:
+    """One quantized graph's layers, every key that the page draws there and of its type."""
+    found: dict[str, Any] = _expect(value, dict, where)
+    for i, layer in enumerate(_expect(found.get("layers") or [], list, f"{where}: layers")):
+        place = f"{where}: layers[{i}]"
+        _expect(layer, dict, place)
+        for key, kind in _LAYER.items():
+            if not isinstance(layer.get(key), kind):
+                raise InputError(f"{place}: '{key}' is {layer.get(key)!r}", _REMEDY)
+        for reason in layer["reasons"]:
+            _expect(_expect(reason, dict, f"{place}: reasons").get("text"), str, f"{place}: reasons.text")
+    return found
 
 
 def checksum(doc: Mapping[str, Any]) -> str:

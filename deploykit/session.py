@@ -82,7 +82,11 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """One engine kind. Importing its module is free; `missing` and `versions` import nothing heavy."""
+    """One engine kind. Importing its module is free; `missing` and `versions` import nothing heavy.
+
+    A backend may also say `concurrent = True` (its sessions can run several requests at once) and `opening_s` (about how long a
+    process takes to open an engine and warm it up).
+    """
 
     name: str
     extra: str

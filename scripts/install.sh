@@ -29,10 +29,10 @@ else
     echo "uv is not to be had here; installing with pip, which takes longer" >&2
     install_with_pip
 fi
-# Byte code for what the child processes import, on all cores (half a minute; pip's own, of everything, takes longer). Without it
-# each of them compiles PyTorch anew where PYTHONDONTWRITEBYTECODE is set.
-skip='/(tests?|testing|triton|mypy|mypyc|setuptools|pip|timm|cuda|nvidia|hypothesis|pygments|networkx|_inductor|distributed'
-skip+='|transformers|pandas|coremltools|narwhals|huggingface_hub|kagglehub|kagglesdk|tokenizers|examples'
-skip+='|qualcomm|vulkan|apple|arm|cadence|mediatek|nxp|samsung|cortex_m|aoti|webgpu)/'
+# Byte code for what the child processes import, on all cores. Without it each of them compiles PyTorch anew where
+# PYTHONDONTWRITEBYTECODE is set. Left out: tests, and packages that no backend imports when it opens an engine.
+skip='/(tests?|examples)/|/site-packages/(mypy|mypyc|pip|nvidia|hypothesis|pygments|transformers|pandas|coremltools|narwhals'
+skip+='|huggingface_hub|kagglehub|kagglesdk|tokenizers|timm)/|/executorch/backends/(qualcomm|vulkan|apple|arm|cadence|mediatek|nxp'
+skip+='|samsung|cortex_m|aoti|webgpu)/'
 "$VENV/bin/python" -m compileall -j 0 -q -x "$skip" "$VENV"/lib/python3*/site-packages deploykit > /dev/null 2>&1 || true
 "$VENV/bin/deploykit" --version

@@ -44,6 +44,15 @@ def default_names() -> tuple[str, ...]:
     return tuple(name for name in names() if name not in ONLY_WHERE_READY or get(name).missing() is None)
 
 
+OPENING_S = 1.5  # 0.7 to 2 s for ResNet-18 on 2 cores
+
+
+def opening_s(name: str) -> float:
+    """About how many seconds a process of that backend takes to start, open an engine and warm it up (`opening_s`, where it says
+    so): what an estimate is made of."""
+    return float(getattr(get(name), "opening_s", OPENING_S))
+
+
 def concurrent(name: str) -> bool:
     """Whether a session of that backend can run several requests at once (`Session.streams`)."""
     return bool(getattr(get(name), "concurrent", False))

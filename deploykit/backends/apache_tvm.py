@@ -37,6 +37,7 @@ class Tvm:
     """The backend 'tvm'."""
 
     name = NAME
+    opening_s = 2.5
     extra = NAME
 
     def missing(self) -> Missing | None:

@@ -5,9 +5,11 @@ Convolutions are laid out NHWC: channels innermost are the vector axis of `apach
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,8 +52,28 @@ class Machine:
         return tvm.target.Target(spec)
 
 
+def import_without_torch() -> None:
+    """Imports TVM as it is where PyTorch is not installed. tvm_ffi imports PyTorch wherever it can, for tensors that it could then
+    take: 3.5 s of CPU and its memory, which the row would count as TVM's (apache-tvm-ffi 0.1.13)."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment] # what Python itself takes for 'not to be found'
+    before = os.environ.get("TVM_FFI_DISABLE_TORCH_C_DLPACK")
+    os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"] = "1"
+    try:
+        import tvm.relax  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+        if before is None:
+            del os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"]
+        else:
+            os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"] = before
+
+
 def here() -> Machine:
     """The CPU this process runs on, as LLVM names it."""
+    import_without_torch()
     from tvm.target import codegen
 
     target = codegen.llvm_get_system_triple()

@@ -81,6 +81,7 @@ def _use_threads(threads: int) -> int:
     """
     allowed = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("TVM_NUM_THREADS", str(len(allowed)))
+    compiling.import_without_torch()
     import tvm
 
     share_all = -3  # kSpecifyThreadShareAllCore: no thread is pinned to one core

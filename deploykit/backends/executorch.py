@@ -32,6 +32,7 @@ class ExecuTorch:
     """The backend 'executorch'."""
 
     name = NAME
+    opening_s = 3.0
     extra = "executorch"
 
     def missing(self) -> Missing | None:

@@ -23,6 +23,7 @@ class TorchCompile:
     """The backend 'torch-compile'."""
 
     name = NAME
+    opening_s = 15.0
     extra = "torch"
 
     def missing(self) -> Missing | None:

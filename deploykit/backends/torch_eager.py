@@ -23,6 +23,7 @@ class TorchEager:
     """The backend 'torch'."""
 
     name = NAME
+    opening_s = 5.0
     extra = "torch"
 
     def missing(self) -> Missing | None:

@@ -21,7 +21,18 @@ from deploykit.errors import (
     OutOfSpace,
     StaleCalibration,
 )
-from deploykit.pipeline import assemble, bottlenecks, engines, given, measuring, prepare, ranges, rooflines, scenarios
+from deploykit.pipeline import (
+    assemble,
+    bottlenecks,
+    engines,
+    given,
+    layer_drifts,
+    measuring,
+    prepare,
+    ranges,
+    rooflines,
+    scenarios,
+)
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.measuring import Entry
 from deploykit.pipeline.plan import PlannedRow, check_names
@@ -50,7 +61,7 @@ class LineRequest:
     rows: RowsRequest = field(default_factory=RowsRequest)
     store: Path = Path("engines")
     command: tuple[str, ...] = ()
-    explain: bool = False  # take a profile of each INT8 engine, to say why it is not faster
+    explain: bool = False  # say of each INT8 engine why it is not faster (its profile), and where its graph lost accuracy
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,9 @@ def ready(request: LineRequest, say: Narrator) -> Ready:
     models = [m for target in request.targets for m in open_targets(target, request.rows, store, say)]
     name_apart(models)
     first = models[0]
-    to_measure = sum(not row.skip and row.runnable for model in models for row in model.rows)
-    say.step(f"plan: {measuring.expectation(to_measure, request.rows.duration)}")
+    to_measure = [row.backend for model in models for row in model.rows if not row.skip and row.runnable]
+    before = " of measuring, after the builds and the accuracy" if to_measure else ""
+    say.step(f"plan: {measuring.expectation(to_measure, request.rows.duration)}{before}")
     samples = samples_for(first, request.data, request.rows)
     rows = replace(request.rows, shapes=shapes_of(first.signature, samples.judge, request.rows))
     for model in models:
@@ -120,6 +132,8 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     report = _report(request, models, samples, table, results, reference, ceilings, origin, loads)
     if results is not None and request.explain:
         report = replace(report, explanations=bottlenecks.of_entries(entries, results, pools, pool_digest, rows, store, say))
+    if request.explain and not brief:
+        report = replace(report, layer_drifts=layer_drifts.of_targets(models, samples.judge))
     built = tuple(a for m in models for a in m.built.values() if isinstance(a, Artifact))
     return LineResult(
         report,

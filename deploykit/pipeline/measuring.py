@@ -149,14 +149,16 @@ def _speed(
         if rows.aa and row.reference:
             targets.append(bench.again(target, AA_SUFFIX))
     span = bench.duration(rows.duration)
-    narrator.step(f"bench: {expectation(len(targets), span.name)}")
+    narrator.step(f"bench: {expectation([target.backend for target in targets], span.name)}")
     return bench.measure(targets, pools, span, progress=narrator.progress)
 
 
-def expectation(n: int, duration: str) -> str:
-    """How long measuring n rows will take, in words."""
-    rows = f"{n} row{'' if n == 1 else 's'}"
-    return f"{rows}, {duration}: {about(*bench.expected_s(n, bench.duration(duration)))}" if n else f"{rows} to measure"
+def expectation(rows: Sequence[str], duration: str) -> str:
+    """How long measuring the speed of rows of these backends will take, in words."""
+    said = f"{len(rows)} row{'' if len(rows) == 1 else 's'}"
+    span = bench.duration(duration)
+    expected = bench.expected_s([backends.opening_s(name) for name in rows], span)
+    return f"{said}, {duration}: {about(*expected)}" if rows else f"{said} to measure"
 
 
 def about(low_s: float, high_s: float) -> str:

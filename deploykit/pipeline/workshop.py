@@ -36,6 +36,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     # `best` is chosen by the noise of INT8 graphs
     "calibrate-best": ("stages/precision/*.py", "quantized_layers.py"),
     "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
+    "layers": ("stages/layers/*.py", "activations.py", "quantized_layers.py", "data/*.py", "preprocess.py"),
     "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py"),
     "measure": (
         "hosted.py",
@@ -58,6 +59,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "check": ("onnx", "onnxruntime"),
     "calibrate": ("onnxruntime", "numpy", "pillow"),
     "precision": ("onnx", "onnxruntime", "numpy"),
+    "layers": ("onnx", "onnxruntime", "numpy"),
 }
 
 

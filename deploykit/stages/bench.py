@@ -24,7 +24,6 @@ from deploykit.signature import Feeds
 Progress = Callable[[str, float], None]
 OPEN_TIMEOUT_S = 600.0
 WINDOW_TIMEOUT_S = 120.0
-LAUNCH_S = 1.5  # to start a process, open the engine and warm it up: 0.7 to 2 s for ResNet-18 on 2 cores
 _MEMORY_RESERVE_BYTES = 2 << 30
 
 
@@ -133,9 +132,11 @@ def measure(
     return {key: _result(item, span, environment or {}) for key, item in collected.items()}
 
 
-def expected_s(n: int, span: Duration) -> tuple[float, float]:
-    """How long `measure` will take for n rows: at least, and with each row's full time and LAUNCH_S for each of its processes."""
-    return n * span.seconds, n * (max(span.seconds, span.limit_s) + span.launches * LAUNCH_S)
+def expected_s(openings_s: Sequence[float], span: Duration) -> tuple[float, float]:
+    """How long `measure` will take for rows that open in so many seconds each: where two open at a time and each row is measured
+    just long enough; and one after the other, each for its full time."""
+    n, opening = len(openings_s), span.launches * sum(openings_s)
+    return n * span.seconds + opening / 2, n * max(span.seconds, span.limit_s) + opening
 
 
 def _parts(rows: Sequence[Target]) -> list[list[Target]]:

@@ -182,7 +182,7 @@ def _notes(mine: View, its: View, missing: Sequence[Layer], unlike: Sequence[Lay
         notes.append("the candidate holds no Q/DQ nodes: nothing is said of ranges and levels")
     elif mine.quantized:
         notes.append("the reference is quantized itself: no layer was measured alone")
-    elif measured < whole:
+    elif 0 < measured < whole:
         notes.append(f"{measured} of {whole} layers were measured alone, those with the coarsest rounding of their own")
     return notes
 

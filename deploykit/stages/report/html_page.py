@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from deploykit.report_document import Report
-from deploykit.stages.report import cells, plots, roofline_plot
+from deploykit.stages.report import cells, layers_page, plots, roofline_plot
 from deploykit.stages.report.page_style import STYLE
 
 # The page asks for nothing but itself, and the browser holds it to that.
@@ -31,6 +31,7 @@ def text(report: Report) -> str:
         _section("What the rows say", _remarks(report)),
         _section("Why INT8 is not faster", _explanations(report)),
         _section("Accuracy in detail", _drifts(report)),
+        _section("Layer by layer", _layer_drifts(report)),
         _section("Findings in the graph", _findings(report)),
         _section("Data", _records(report.samples)),
         _section("Model", _facts(report.model)),
@@ -211,6 +212,28 @@ def _drifts(report: Report) -> str:
         lines[f"<tr><td>{escape(name)} {escape(backend)} {escape(precision)}</td>{found}</tr>"] = None
     table = f"<table><thead><tr><th scope='col'>Engine</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f"<div class='scroll' tabindex='0'>{table}</div>"
+
+
+_WORST = 10  # layers shown of each graph; report.json holds all
+
+
+def _layer_drifts(report: Report) -> str:
+    """Of each quantized graph: SQNR along it, and its worst layers."""
+    parts = []
+    for name, found in report.layer_drifts.items():
+        rows = found.get("layers") or []
+        made = ", ".join(str(row) for row in found.get("rows") or ())
+        said = f"<h3>{escape(name)}</h3>" + (f"<p>read by {escape(made)}; {_short(found.get('n'))} samples</p>" if made else "")
+        if rows:
+            caption = (
+                "SQNR of each layer's result against the float graph, with the error of all layers before it. Higher is better."
+            )
+            said += f"<figure><div class='scroll' tabindex='0'>{layers_page.plot(rows)}</div><figcaption>{caption}</figcaption></figure>"
+            worst = f"The {min(_WORST, len(rows))} worst of {len(rows)} layers"
+            said += f"<details><summary>{worst}</summary>{layers_page.table(rows[:_WORST])}</details>"
+        notes = "".join(f"<li>{escape(str(note))}</li>" for note in found.get("notes") or ())
+        parts.append(said + (f"<ul class='findings'>{notes}</ul>" if notes else ""))
+    return "".join(parts)
 
 
 def _short(value: Any) -> str:

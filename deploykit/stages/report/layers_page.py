@@ -29,7 +29,7 @@ def text(comparison: Mapping[str, Any], lines: Sequence[str]) -> str:
         f"<header><p class='kind'>deploykit compare</p><h1>{title}</h1></header><ul class='findings'>{said}</ul>"
         f"<section><h2>SQNR along the graph</h2><figure><div class='scroll'>{plot(rows)}</div><figcaption>Line: the result of each "
         "layer, with the error of all before it. Dots: the model's output with that layer alone quantized. Higher is better."
-        f"</figcaption></figure></section><section><h2>Layers, the worst first</h2>{_table(rows)}</section>"
+        f"</figcaption></figure></section><section><h2>Layers, the worst first</h2>{table(rows)}</section>"
     )
     return f"{head}<body><main>{body}</main></body></html>\n"
 
@@ -75,7 +75,8 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     return head + "".join(parts) + "</svg>"
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """HTML: the layers in the order given, with their figures in dB and the reasons."""
     heads = ("layer", "operator", "SQNR, dB", "alone, dB", "weights, dB", "input, dB", "why")
     body = []
     for row in rows:

@@ -57,6 +57,7 @@ def schema() -> dict[str, Any]:
         "drifts": {"type": "object", "additionalProperties": record},
         "scenarios": {"type": "object", "additionalProperties": record},
         "explanations": {"type": "object", "additionalProperties": record},
+        "layer_drifts": {"type": "object", "additionalProperties": record},
         "checksum": {"type": "string", "description": "sha256 over the JSON of all the rest, keys sorted"},
     }
     return {
