@@ -54,13 +54,20 @@ class Plan:
 
 
 def require_float(model: onnx.ModelProto, path: Path) -> None:
-    """Raises ModelError for a graph that already holds integer operators."""
-    for node in _all_nodes(model.graph):
+    """Raises ModelError for a graph that already holds integer operators, in its own functions too."""
+    for node in [*_all_nodes(model.graph), *(node for function in model.functions for node in function.node)]:
         if node.op_type in INTEGER:
             raise ModelError(
                 f"{path.name} is already quantized: it holds {node.op_type} ('{node.name or node.output[0]}')",
                 "calibrate the float model that it was made from",
             )
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the functions that it defines itself written out, as the quantizer has it: their tensors get ranges too."""
+    import onnx.inliner
+
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def plan(model: onnx.ModelProto, tensors: Sequence[str] | None = None) -> Plan:

@@ -30,8 +30,8 @@ class Engine:
             value = feeds[name]
             if details["dtype"] == np.int8 and value.dtype.kind == "f":
                 scale, zero = details["quantization"]
-                value = np.clip(np.rint(value / scale) + zero, -128, 127).astype(np.int8)
-            self._interpreter.set_tensor(details["index"], value)
+                value = np.clip(np.rint(value / scale) + zero, -128, 127)
+            self._interpreter.set_tensor(details["index"], value.astype(details["dtype"]))  # the file may hold int64 as int32
         self._interpreter.invoke()
         found: dict[str, NDArray[Any]] = {}
         for name, details in self._outputs.items():

@@ -13,8 +13,7 @@ from typing import Any
 from deploykit import backends, children
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import IMPORTED
-from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend
-from deploykit.observation import INTEGER
+from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend, ModelError
 from deploykit.pipeline import int8, limited, prepare
 from deploykit.pipeline.delivered import deliver_engine, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
@@ -212,6 +211,10 @@ def _lint(path: Path, backend_name: str) -> list[Finding]:
 
 
 def _is_quantized(path: Path) -> bool:
-    from deploykit import graph
+    from deploykit import graph, observation
 
-    return bool({node.op_type for node in graph.load(path).graph.node} & INTEGER)
+    try:
+        observation.require_float(graph.load(path), path)
+    except ModelError:
+        return True
+    return False

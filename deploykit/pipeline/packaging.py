@@ -205,12 +205,13 @@ def _facts(
         return [{"name": n, "dtype": a.dtype.name, "shape": list(a.shape[1:])} for n, a in arrays.items()]
 
     integer = engine.precision.startswith("int8") or engine.precision == "mixed"
+    file = _file_for(engine, backend, batch)
     return {
         "backend": backend,
         "precision": engine.precision,
         "platform": request.platform,
-        "file": _file_for(engine, backend, batch),
-        "sha256": engine.sha256,
+        "file": file,
+        "sha256": engine.companions.get(file) or engine.sha256,
         "batch": batch,
         "inputs": ports(inputs),
         "outputs": ports(outputs),

@@ -75,6 +75,7 @@ def collect(
     observation.require_float(model, path)
     _check_inputs(model, path, samples)
     digest = graph.digest(model)
+    model = observation.inlined(model)
     plan = observation.plan(model, tensors)
     opened = open_model(model, path.name, plan.roots, samples, batch=batch, threads=threads or available_threads())
     del model

@@ -66,9 +66,17 @@ def judge(
         found = _alone(report, asked)
     else:
         found = against(Side(report, outcomes or {}), Side(baseline, baseline_outcomes or {}), asked, fresh)
-    idle = [rule for rule in asked.rules if not any(rule.covers(row) for row in report.rows)]
-    said = [f"a limit is on rows with {', '.join(f'{k} {v}' for k, v in r.where.items())}, and there is none" for r in idle]
+    said = [text for rule in asked.rules if (text := _idle(rule, report))]
     return combine((*found.reasons, *(Reason(EVERYTHING, "limits", "inconclusive", text) for text in said)), found.skipped)
+
+
+def _idle(rule: Rule, report: Report) -> str:
+    """That a rule's limits were held against nothing; empty where a row of it ran or was built."""
+    covered = [row for row in report.rows if rule.covers(row)]
+    if any(row.status in ("ok", "built") for row in covered):
+        return ""
+    who = ", ".join(f"{key} {value}" for key, value in rule.where.items()) or "any name"
+    return f"a limit is on rows with {who}, and " + ("none of them ran" if covered else "there is none")
 
 
 def _alone(report: Report, limits: LimitSet) -> Verdict:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploykit.measurement import Measurement
 from deploykit.row import Row
 from deploykit.stages.gate.drops import reason
 from deploykit.stages.gate.intervals import Change, decide
 from deploykit.stages.gate.limits import Limits
 from deploykit.stages.gate.turns import (
+    EFFECT_FLOOR,
     Contrasts,
     Turns,
     contrasts,
@@ -50,9 +53,9 @@ def timed(row: Row, found: Turns | Settled, limits: Limits) -> list[Reason]:
         run, wall = contrasts(found, undisturbed_seconds), contrasts(found, seconds_an_item)
         reasons += speed(row, run, wall, limits.max_slowdown)
     if limits.max_memory_growth is not None:
-        reasons.append(_growth(row, "memory", contrasts(found, peak_bytes), limits.max_memory_growth, "peak memory"))
+        reasons.append(_growth(row, "memory", found, peak_bytes, limits.max_memory_growth, "peak memory"))
     if limits.max_startup_growth is not None:
-        reasons.append(_growth(row, "start-up", contrasts(found, load_seconds), limits.max_startup_growth, "time to open it"))
+        reasons.append(_growth(row, "start-up", found, load_seconds, limits.max_startup_growth, "time to open it"))
     return reasons
 
 
@@ -77,7 +80,14 @@ def _slowdown(row: Row, check: str, found: Contrasts, limit: float, what: str) -
     return _reason(row, check, judged(found, lost, limit), said)
 
 
-def _growth(row: Row, check: str, found: Contrasts, limit: float, what: str) -> Reason:
+_Cost = Callable[[Measurement], Sequence[Sequence[float]]]
+
+
+def _growth(row: Row, check: str, turns: Turns, cost: _Cost, limit: float, what: str) -> Reason:
+    figures = [[x for launch in cost(m) for x in launch] for m in (turns.old, turns.again, turns.new)]
+    if not all(found and min(found) > 0 for found in figures):  # a system without VmHWM says 0
+        return reason(row, check, "inconclusive", f"the {what} was not measured in every launch")
+    found = contrasts(turns, cost)
     change = grown(found)
     how = "more" if change.value >= 0 else "less"
     said = f"{100 * abs(change.value):.1f} % {how} {what} than the baseline's engine{_shown(found, change, 'more', limit)}"
@@ -86,8 +96,9 @@ def _growth(row: Row, check: str, found: Contrasts, limit: float, what: str) -> 
 
 def _shown(found: Contrasts, change: Change, way: str, limit: float) -> str:
     same = 100 * abs(math.expm1(float(found.again.mean())))
+    held = f", held as {100 * EFFECT_FLOOR:g} %: less is never called a change" if limit < EFFECT_FLOOR else ""
     return (
-        f" (95 %: {100 * change.low:.1f} to {100 * change.high:.1f} % {way}), limit {100 * limit:g} %; in turns over "
+        f" (95 %: {100 * change.low:.1f} to {100 * change.high:.1f} % {way}), limit {100 * limit:g} %{held}; in turns over "
         f"{len(found.new)} launches, A/A {same:.1f} %, rank test p = {found.rank_p:.2g}"
     )
 

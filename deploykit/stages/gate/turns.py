@@ -58,7 +58,7 @@ class Contrasts:
 
     def spread(self) -> tuple[float, int]:
         """(standard deviation of one process, degrees of freedom), pooled over both contrasts, which are orthogonal: the A/A
-        contrast has a known mean of 0. Never less than the new contrast's own spread says."""
+        contrast has a known mean of 0."""
         count = len(self.new)
         own = float(((self.new - self.new.mean()) ** 2).sum()) / _CONTRAST
         copies = float((self.again**2).sum()) / _COPY

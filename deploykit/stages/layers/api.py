@@ -55,7 +55,8 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Every matched layer, the one with the lowest SQNR first; `n` samples; notes: what a reader should know."""
+    """Every matched layer, the one with the lowest SQNR first, after those that have none since their results are not finite;
+    `n` samples; notes: what a reader should know."""
 
     layers: tuple[LayerDrift, ...]
     n: int
@@ -98,7 +99,7 @@ def find(
     least = min((part.sqnr_db for part in measured.values() if part.sqnr_db is not None), default=None)
     for i, row in rows.items():
         rows[i] = _finished(row, measured.get(i), _why_not(mine, found[i]), least)
-    ranked = sorted(rows.values(), key=lambda row: _NEVER_WORSE if row.sqnr_db is None else row.sqnr_db)
+    ranked = sorted(rows.values(), key=_rank_db)
     unlike = [found[i].layer for i in sorted(sums.unlike)]
     notes = [*sums.notes, *_notes(mine, its, missing, unlike, len(chosen), len(rows))]
     if chosen and len(few) < len(samples):
@@ -146,6 +147,12 @@ def _row(i: int, match: Match, mine: View, sums: Sums) -> LayerDrift:
         own_why="",
         reasons=tuple(why),
     )
+
+
+def _rank_db(row: LayerDrift) -> float:
+    """The SQNR in dB to rank by. A result that is not finite, or is no longer zero where the reference's is, has none, and comes
+    first."""
+    return (_NEVER_WORSE if row.identical else -_NEVER_WORSE) if row.sqnr_db is None else row.sqnr_db
 
 
 def _local(row: LayerDrift) -> float | None:

@@ -27,7 +27,8 @@ from deploykit.stages.precision import normal_form, rounding
 from deploykit.stages.precision.fp16 import to_int8_fp16
 from deploykit.stages.precision.int8 import quantized, to_int8, write
 from deploykit.stages.precision.options import Int8Options
-from deploykit.stages.precision.view import FloatGraph, attribute, tensor
+from deploykit.stages.precision.plan import gemm_bias_fits
+from deploykit.stages.precision.view import FloatGraph, attribute, set_attribute, tensor
 from deploykit.stages.precision.walk import Arrays, advance, affordable, cuts, open_session
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class BiasDeltas:
             count += 1
             old = node.input[2] if len(node.input) > 2 else ""
             values = graph.array(old).reshape(-1) if old else np.zeros(1, np.float32)
+            if node.op_type == "Gemm" and (beta := attribute(node, "beta", 1.0)) != 1.0:
+                values = values * np.float32(beta)  # else it would scale the correction too
+                set_attribute(node, "beta", 1.0)
             name = graph.fresh(f"{node.name}_corrected_bias")
             graph.constants[name] = tensor(name, (values + delta).astype(np.float32))
             graph.elem_types[name], graph.shapes[name] = 1, (delta.size,)
@@ -208,16 +212,19 @@ def load(path: Path) -> BiasDeltas:
 
 
 def _correctable(graph: FloatGraph, model: onnx.ModelProto) -> dict[str, str]:
-    """node name -> its output in the quantized graph, of nodes with quantized weights and a constant bias or none."""
+    """node name -> its output in the quantized graph, of nodes with quantized weights and a constant bias, one value for each
+    channel, or none."""
     dequantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    float_nodes = {node.name: node for node in graph.nodes}
+    float_nodes = {node.name: i for i, node in enumerate(graph.nodes)}
     result = {}
     for node in model.graph.node:
-        known = float_nodes.get(node.name)
-        if known is None or known.op_type != node.op_type or node.op_type not in CORRECTED:
+        i = float_nodes.get(node.name)
+        if i is None or graph.nodes[i].op_type != node.op_type or node.op_type not in CORRECTED:
             continue
+        known = graph.nodes[i]
         bias = known.input[2] if len(known.input) > 2 else ""
-        if node.input[1] in dequantized and (not bias or bias in graph.constants):
+        fits = gemm_bias_fits(graph, i) if node.op_type == "Gemm" else not bias or bias in graph.constants
+        if node.input[1] in dequantized and fits:
             result[node.name] = node.output[0]
     return result
 
@@ -244,7 +251,7 @@ def _float_means(graph: FloatGraph, wanted: dict[str, str], feeds: list[Arrays],
     for node in graph.nodes:
         if node.name in wanted:
             name, source = graph.fresh(f"{node.name}_mean"), node.output[0]
-            rank = len(graph.shapes.get(source, (0, 0)))
+            rank = 2 if node.op_type == "Gemm" else len(graph.constants[node.input[1]].dims)
             axes = graph.fresh(f"{name}_axes")
             model.graph.initializer.append(tensor(axes, np.array([a for a in range(rank) if a != 1], np.int64)))
             kind = "ReduceMean"

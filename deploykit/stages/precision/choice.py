@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from deploykit import graph as graphs
 from deploykit.children import report_progress
+from deploykit.errors import InputError
 from deploykit.samples import Samples
 from deploykit.stages.precision import normal_form
 from deploykit.stages.precision.bias import NothingToCorrect, bias_correct
-from deploykit.stages.precision.contributions import run_floats
+from deploykit.stages.precision.contributions import power, readable
 from deploykit.stages.precision.int8 import quantized
 from deploykit.stages.precision.options import Int8Options
+from deploykit.stages.precision.walk import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -36,21 +36,31 @@ def noise(
     run literally.
 
     Biases are corrected on the first CORRECTED_ON samples: without, the methods come in another order (EfficientNet-Lite0: mse
-    before percentile, 18.2 and 17.8 dB, and with correction 21.6 and 23.0). Raises as `to_int8` does.
+    before percentile, 18.2 and 17.8 dB, and with correction 21.6 and 23.0). Raises as `to_int8` does, and InputError where no
+    output is a float, or one changes its shape (boxes that are kept or dropped).
     """
     graph, _ = normal_form.load(path)
     graph.write_back(graph.nodes)
     judge = samples.take(range(max(len(samples) - JUDGED_ON, 0), len(samples)), samples.role)
     few = samples.take(range(min(CORRECTED_ON, len(samples))), samples.role)
     feeds = [dict(batch) for batch, _ in judge.batches(graphs.signature(graph.model).fixed_batch or _BATCH, pad=True)]
-    wanted = run_floats(graph.model, feeds)
-    signal = sum(float(np.square(value).sum()) for value in wanted)
+    base = open_session(graph.model, None)
+    names, floats = readable(base)
+    if not floats:
+        raise InputError(f"{path.name} has no float output to measure noise in", "name a method: --method minmax")
     found = {}
     for step, (method, table) in enumerate(tables.items()):
         report_progress("choosing the calibration method", step / len(tables))
-        outputs = run_floats(_corrected(path, table, layout, few, options), feeds)
-        power = sum(float(np.square(a - b).sum()) for a, b in zip(outputs, wanted, strict=True))
-        found[method] = power / max(signal, 1e-30)
+        session = open_session(_corrected(path, table, layout, few, options), None)
+        lost = signal = 0.0
+        for batch in feeds:  # the float model anew for each: outputs of all samples may not fit into memory
+            for value, wanted in zip(session.run(names, batch), base.run(names, batch), strict=True):
+                if value.shape != wanted.shape:
+                    raise InputError(
+                        f"outputs of {path.name} change their shape with its precision", "name a method: --method minmax"
+                    )
+                lost, signal = lost + power(value - wanted), signal + power(wanted)
+        found[method] = lost / max(signal, 1e-30)
     return found
 
 

@@ -24,7 +24,8 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Contributions:
-    """By node name: noise power / signal power over all float outputs with that node alone in INT8; and its first output."""
+    """By node name: noise power / signal power over all float outputs with that node alone in INT8 (where a model has no float
+    output, the share of values that changed); and its first output."""
 
     noise: dict[str, float]
     outputs: dict[str, str]
@@ -42,35 +43,64 @@ def contributions(
     outputs = {node.name: node.output[0] for node in graph.nodes if node.name in set(names)}
     feeds = [dict(batch) for batch, _ in samples.batches(graphs.signature(graph.model).fixed_batch or _BATCH, pad=True)]
     graph.write_back(graph.nodes)
-    wanted = run_floats(graph.model, feeds)
-    signal = sum(float(np.square(value).sum()) for value in wanted)
+    base = open_session(graph.model, None)
+    read, floats = readable(base)
+    wanted = [base.run(read, batch) for batch in feeds]
+    signal = sum(power(value) if floats else float(value.size) for part in wanted for value in part)
     noise: dict[str, float] = {}
     for step, name in enumerate(names):
         report_progress("each layer alone", step / len(names))
         others = tuple(sorted({*options.keep_float, *(other for other in names if other != name)}))
         alone = Int8Options(options.reduce_range, options.weight_scales, others)
-        model, _ = quantized(path, table, layout, alone)
-        found = run_floats(model, feeds)
-        noise[name] = sum((centred_power(a - b) if centred else _power(a - b)) for a, b in zip(found, wanted, strict=True)) / max(
-            signal, 1e-30
-        )
+        session = open_session(quantized(path, table, layout, alone)[0], None)
+        lost = [_Lost(floats, centred) for _ in read]
+        for batch, part in zip(feeds, wanted, strict=True):
+            for sums, found, value in zip(lost, session.run(read, batch), part, strict=True):
+                sums.see(found, value)
+        noise[name] = sum(sums.total for sums in lost) / max(signal, 1e-30)
     return Contributions(noise, outputs)
 
 
-def _power(error: NDArray[Any]) -> float:
-    return float(np.square(error).sum())
+@dataclass
+class _Lost:
+    """What one output has lost: the power of its error, without what all samples have in common where `centred`; of integers
+    how many values changed; all there is where the shape changed (another number of boxes)."""
+
+    floats: bool
+    centred: bool
+    square: float = 0.0
+    rows: int = 0
+    sums: NDArray[np.float64] | None = None
+
+    def see(self, found: NDArray[Any], wanted: NDArray[Any]) -> None:
+        """Takes in one batch."""
+        if found.shape != wanted.shape:
+            self.square += power(wanted) if self.floats else float(wanted.size)
+        elif not self.floats:
+            self.square += float((found != wanted).sum())
+        else:
+            error = found - wanted
+            self.square += power(error)
+            if self.centred and error.ndim > 1 and (self.sums is None or self.sums.shape == error.shape[1:]):
+                whole = error.sum(axis=0, dtype=np.float64)
+                self.sums = whole if self.sums is None else self.sums + whole
+                self.rows += error.shape[0]
+
+    @property
+    def total(self) -> float:
+        """The power, or the number of values."""
+        shared = 0.0 if self.sums is None or self.rows < 2 else power(self.sums) / self.rows
+        return max(self.square - shared, 0.0)
 
 
-def centred_power(error: NDArray[Any]) -> float:
-    """The power of an error [samples, ...] without what all samples have in common."""
-    if error.ndim > 1 and error.shape[0] > 1:
-        error = error - error.mean(axis=0, keepdims=True)
-    return _power(error)
+def power(values: NDArray[Any]) -> float:
+    """The sum of squares."""
+    flat = (values.astype(np.float32) if values.dtype == np.float16 else values).reshape(-1)
+    return float(np.dot(flat, flat))
 
 
-def run_floats(model: Any, feeds: list[dict[str, NDArray[Any]]]) -> list[NDArray[np.float64]]:
-    """Every float output over all batches, samples along axis 0."""
-    session = open_session(model, None)
-    names = [value.name for value in session.get_outputs() if "float" in value.type]
-    parts = [session.run(names, batch) for batch in feeds]
-    return [np.concatenate([np.atleast_1d(p[i]) for p in parts]).astype(np.float64) for i in range(len(names))]
+def readable(session: Any) -> tuple[list[str], bool]:
+    """The names of every float output of a session, and True; where there is none, of every output, and False."""
+    known = session.get_outputs()
+    names = [value.name for value in known if "float" in value.type or "double" in value.type]
+    return (names, True) if names else ([value.name for value in known], False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit import graph as graphs
+from deploykit import observation
 from deploykit.errors import ModelError
 from deploykit.stages.precision.view import FloatGraph, attribute, bodies, tensor
 
@@ -38,15 +39,13 @@ def normalize(model: onnx.ModelProto, path: Path, opset: int) -> FloatGraph:
     axes is a GlobalAveragePool; an initializer is no input any more (nothing can then override a weight that is quantized).
     """
     import onnx
-    import onnx.inliner
 
     graphs.strip_metadata(model)
     stored = {t.name for t in model.graph.initializer}
     kept = [v for v in model.graph.input if v.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-    if model.functions:  # onnx's version converter (1.23) drops them, and what is inside can be quantized too
-        model = onnx.inliner.inline_local_functions(model)
+    model = observation.inlined(model)  # onnx's version converter (1.23) drops functions, and what is inside can be quantized too
     model = raise_opset(model, path, opset)
     nodes = []
     for node in model.graph.node:

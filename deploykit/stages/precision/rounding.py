@@ -22,6 +22,7 @@ DAMPING = 0.01  # of the mean second moment, as in the paper's section 3.3
 LARGEST = 4608  # inputs of one output (512 channels of 3x3): the Cholesky factor of more takes tens of seconds
 _LEAST_ROWS, _MOST_ROWS = 4096, 12288
 _BLOCK = 128
+_MOST_DAMPING = 20  # powers of ten
 _CHUNK_BYTES = 64 << 20
 
 
@@ -92,8 +93,12 @@ def _moments(chunks: Iterable[NDArray[Any]], group: int, size: int) -> tuple[NDA
     total = np.zeros((group, size, size))
     sums = np.zeros((group, size))
     count = 0
+    near: NDArray[np.float32] | None = None
     for chunk in chunks:
         part = np.ascontiguousarray(chunk.transpose(1, 0, 2), dtype=np.float32)
+        if near is None:  # moments about a value near the mean: those about zero lose a small variance beside a large mean
+            near = part.mean(axis=1, keepdims=True)
+        part = part - near
         total += part.transpose(0, 2, 1) @ part
         sums += part.sum(axis=1, dtype=np.float64)
         count += part.shape[1]
@@ -115,8 +120,7 @@ def _rounded(
     moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None, :], 2)
     left = np.take_along_axis(rows, np.broadcast_to(order[:, None, :], rows.shape), 2)
     damping = max(DAMPING, 0.1 * size / count)
-    moments += np.eye(size) * np.maximum(damping * variance.mean(axis=1), 1e-12)[:, None, None]
-    factor = _inverse_factor(moments)
+    factor = _inverse_factor(moments, np.maximum(damping * variance.mean(axis=1), 1e-12))
     step = scale.astype(np.float64)[:, :, None]
     chosen = np.zeros(rows.shape)
     for start in range(0, size, _BLOCK):
@@ -134,7 +138,18 @@ def _rounded(
     return found.astype(np.int8)
 
 
-def _inverse_factor(moments: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The upper triangular R with R'R = inverse(moments): with moments = UU', U upper triangular, R is U's inverse."""
-    lower = np.linalg.cholesky(moments[:, ::-1, ::-1])
+def _inverse_factor(moments: NDArray[np.float64], damping: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The upper triangular R with R'R = inverse(moments + damping I): with that sum = UU', U upper triangular, R is U's inverse.
+
+    damping: [group], what is added at least. Sums of float32 products can leave a covariance of values that hardly vary with
+    eigenvalues a little below zero: it is damped ten times more until it has a factor.
+    """
+    for power in range(_MOST_DAMPING):
+        whole = moments + np.eye(moments.shape[-1]) * (damping * 10.0**power)[:, None, None]
+        try:
+            lower = np.linalg.cholesky(whole[:, ::-1, ::-1])
+            break
+        except np.linalg.LinAlgError:
+            if power == _MOST_DAMPING - 1:
+                raise
     return np.asarray(np.triu(np.linalg.inv(lower[:, ::-1, ::-1])))
