@@ -75,7 +75,7 @@ class Report:
 
     def is_reference(self, row: Row) -> bool:
         """Whether the row is the reference (at any batch); an A/A copy of it is not."""
-        if "A/A:" in row.notes:
+        if row.is_copy:
             return False
         given = {k: self.reference[k] for k in ("name", "backend", "precision") if self.reference.get(k) is not None}
         return bool(given) and all(getattr(row, k) == v for k, v in given.items())
@@ -108,10 +108,11 @@ class Report:
 
     @functools.cached_property
     def _best(self) -> Row | None:
-        judged = [r for r in self.rows if not self.is_reference(r) and (r.top1_drop_pp is not None or r.agreement is not None)]
+        rows = [r for r in self.rows if not r.is_copy]
+        judged = [r for r in rows if not self.is_reference(r) and (r.top1_drop_pp is not None or r.agreement is not None)]
         if not judged:
             return None
-        able = [r for r in self.rows if r.status == "ok" and r.images_per_s is not None and self.keeps_accuracy(r)]
+        able = [r for r in rows if r.status == "ok" and r.images_per_s is not None and self.keeps_accuracy(r)]
         return max(able, key=lambda r: r.images_per_s or 0.0, default=None)
 
     def with_verdict(self, verdict: Verdict) -> Report:

@@ -6,6 +6,7 @@ its operations at the compute ceiling, and as its bytes at the memory ceiling; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Cost:
     def from_summary(cls, summary: Mapping[str, Any]) -> Cost | None:
         """The cost in a model's summary; None where it holds no count (an unknown shape, an operator without a formula)."""
         found = [summary.get(key) for key in ("macs", "parameters", "moved_values")]
-        if not all(isinstance(v, int) for v in found) or not found[0]:
+        if not all(isinstance(v, int) and v >= 0 for v in found) or not found[0] or not any(found[1:]):
             return None
         return cls(*(int(v) for v in found if v is not None))
 
@@ -68,9 +69,14 @@ class Ceilings:
 
     @classmethod
     def from_json(cls, doc: Mapping[str, Any]) -> Ceilings:
-        """The ceilings that `to_json` wrote."""
+        """The ceilings that `to_json` wrote. Raises KeyError, TypeError, ValueError or AttributeError for another document: what is
+        missing, no number, or not above zero."""
         rates = {int(size): float(rate) for size, rate in doc["bytes_per_s"].items()}
-        return cls(doc["name"], doc["source"], dict(doc["ops_per_s"]), rates, dict(doc["how"]))
+        operations = {str(precision): float(rate) for precision, rate in doc["ops_per_s"].items()}
+        if not rates or not all(0 < rate < math.inf for rate in (*rates.values(), *operations.values())):
+            raise ValueError("a ceiling is a positive number")
+        how = {str(precision): str(said) for precision, said in doc["how"].items()}
+        return cls(str(doc["name"]), str(doc["source"]), operations, rates, how)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def bound(cost: Cost, precision: str, batch: int, ceilings: Ceilings) -> Bound |
     weights at the level that holds all of them, since each is read once a run.
     """
     peak = ceilings.ops_per_s.get(COMPUTES_IN.get(precision, precision))
-    if not peak or not ceilings.bytes_per_s:
+    if not peak or not ceilings.bytes_per_s or precision not in VALUE_BYTES:
         return None
     size = VALUE_BYTES[precision]
     weights, activations = cost.weights * size, cost.moved * size * batch

@@ -61,6 +61,11 @@ class Row:
         return (self.name, self.backend, self.precision, self.batch, self.device or "")
 
     @property
+    def is_copy(self) -> bool:
+        """Whether it is an A/A copy of the reference, there to show the machine's own spread."""
+        return "A/A:" in self.notes
+
+    @property
     def label(self) -> str:
         """The row in words, for messages."""
         where = f" {self.device}" if self.device and self.device.startswith("sm") else ""

@@ -132,3 +132,14 @@ def test_the_pre_commit_hook_checks_every_file(tmp_path: Path) -> None:
     assert re.search(hook["files"], "models/net.onnx")
     assert run("good.onnx") == 0
     assert run("bad.onnx", "good.onnx") == 2
+
+
+@needs_bash
+def test_words_of_the_arguments_are_no_file_patterns(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "1,8").write_text("")
+    command = tmp_path / "bin" / "deploykit"
+    command.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done > said\n')
+    command.chmod(0o755)
+    _step("run", tmp_path, first=tmp_path / "bin", SOURCE="m.onnx", ARGS="--batch [1],8 --data *", OUT="out")
+    assert (tmp_path / "said").read_text().split() == ["run", "m.onnx", "--batch", "[1],8", "--data", "*", "-o", "out"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ def test_a_reference_alone_is_not_the_best_of_anything() -> None:
     reference = an_ok_row(backend="torch", precision="fp32")
     unknown = an_ok_row(backend="c", top1=None, top1_drop_pp=None, agreement=None)
     assert Report((reference, unknown), {"backend": "torch"}).best() is None
+
+
+def test_an_aa_copy_of_the_reference_is_not_the_best() -> None:
+    reference = an_ok_row(backend="torch", precision="fp32", images_per_s=100.0, top1=0.97, top1_drop_pp=None)
+    copy = replace(reference, notes="A/A: the reference again, in processes of its own", images_per_s=101.0, agreement=1.0)
+    slower = an_ok_row(backend="a", images_per_s=50.0)
+    assert Report((reference, copy, slower), {"backend": "torch", "precision": "fp32"}).best() is reference
 
 
 def test_row_ids_tell_rows_apart() -> None:

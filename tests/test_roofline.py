@@ -88,3 +88,11 @@ def test_a_t4_has_no_bf16_and_an_unknown_card_no_bound() -> None:
     assert int8 is not None
     assert fp32.compute_s / int8.compute_s == pytest.approx(130 / 8.1)
     assert datasheet.ceilings("sm999") is None
+
+
+@pytest.mark.parametrize("rates", [{}, {"1": 0}, {"1": float("inf")}, {"1": float("nan")}])
+def test_ceilings_that_are_none_are_refused(rates: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Ceilings.from_json({**MACHINE.to_json(), "bytes_per_s": rates})
+    with pytest.raises(AttributeError):
+        Ceilings.from_json({**MACHINE.to_json(), "ops_per_s": 5})

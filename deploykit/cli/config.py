@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,10 @@ _WANTED = {
     "number": "a number",
     "text": "a text, a number or a list of them",
 }
+
+
+_BRIEF = reprlib.Repr()  # aliases can make a few lines stand for more than memory holds
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 120, 120
 
 
 def is_config(text: str) -> bool:
@@ -79,7 +84,8 @@ def rules(path: Path) -> tuple[Rule, ...]:
     for number, item in enumerate(listed):
         where = f"{path}, line {_line(root, ('limits', number))}"
         if not isinstance(item, dict):
-            raise InputError(f"{where}: a limit is a mapping, not {item!r}", "example: {backend: openvino, max-drop: 0.5pp}")
+            said = f"{where}: a limit is a mapping, not {_BRIEF.repr(item)}"
+            raise InputError(said, "example: {backend: openvino, max-drop: 0.5pp}")
         _validate(path, rule_model(), item, root, {}, ("limits", number))
         if not set(item) & set(LIMITS):
             raise InputError(f"{where}: it limits nothing", f"add one of {', '.join(LIMITS)}")
@@ -122,15 +128,15 @@ def _said(error: ErrorDetails, known: Mapping[str, Key], loc: tuple[str | int, .
         choices = ["name", "backend", "precision", "batch", *LIMITS] if inside else ["source", "limits", *known]
         close = difflib.get_close_matches(key, choices, n=1)
         return f"unknown key '{key}'", f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(choices))}"
-    value = error["input"]
+    value = _BRIEF.repr(error["input"])
     if key in LIMITS:
-        return f"'{key}' is {value!r}, not {UNITS[LIMITS[key]][1]}", f"write {key}: {UNITS[LIMITS[key]][1].split('like ')[1]}"
+        return f"'{key}' is {value}, not {UNITS[LIMITS[key]][1]}", f"write {key}: {UNITS[LIMITS[key]][1].split('like ')[1]}"
     if inside:
-        return f"'{key}' is {value!r}; it needs {'a positive whole number' if key == 'batch' else 'a name'}", None
+        return f"'{key}' is {value}; it needs {'a positive whole number' if key == 'batch' else 'a name'}", None
     if key == "limits":
-        return f"'limits' is a list of mappings, not {value!r}", "example: limits: [{backend: openvino, max-drop: 0.5pp}]"
+        return f"'limits' is a list of mappings, not {value}", "example: limits: [{backend: openvino, max-drop: 0.5pp}]"
     wanted = "a text" if key == "source" else _WANTED[known[key].kind]
-    return f"'{key}' is {value!r}; it needs {wanted}", None
+    return f"'{key}' is {value}; it needs {wanted}", None
 
 
 def _line(node: Any, loc: tuple[str | int, ...]) -> int:
@@ -161,7 +167,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
     import yaml
 
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot read {path}: {exc}", "check the path") from exc
     try:
@@ -175,7 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
         raise InputError(f"{path}{where} is not YAML: {problem}{tabs}") from exc
     if not isinstance(root, yaml.MappingNode) or not isinstance(doc, dict):
         raise InputError(f"{path} is no mapping of option names to values", "example line: source: resnet18")
-    _no_twins(path, root)
+    _no_twins(path, root, {})
     plain = {_dashed(k): v for k, v in doc.items()}
     for key, value in plain.items():
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
@@ -186,19 +192,29 @@ def _read(path: Path) -> tuple[dict[str, Any], Any]:
     return plain, root
 
 
-def _no_twins(path: Path, node: Any) -> None:
-    """Raises InputError for a mapping with one key twice, at any depth."""
+def _no_twins(path: Path, node: Any, known: dict[int, Any]) -> None:
+    """Raises InputError for a mapping with one key twice, at any depth, and for an alias to what it stands in. known: the nodes
+    looked at already, None while they are: aliases make one node stand in many places."""
     import yaml
 
+    if id(node) in known:
+        if known[id(node)] is None:
+            raise InputError(f"{path}, line {node.start_mark.line + 1}: a value holds itself (an alias to its own anchor)")
+        return
+    known[id(node)] = None
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _no_twins(path, item)
-    if not isinstance(node, yaml.MappingNode):
-        return
+            _no_twins(path, item, known)
+    elif isinstance(node, yaml.MappingNode):
+        _no_twin_keys(path, node, known)
+    known[id(node)] = node
+
+
+def _no_twin_keys(path: Path, node: Any, known: dict[int, Any]) -> None:
     seen: set[str] = set()
     for key, value in node.value:
         name = _dashed(key.value)
         if name in seen:
             raise InputError(f"{path}, line {key.start_mark.line + 1}: the key '{key.value}' stands twice", "keep one")
         seen.add(name)
-        _no_twins(path, value)
+        _no_twins(path, value, known)

@@ -53,6 +53,11 @@ def gate(
     if update:
         if baseline is None:
             raise InputError("--update needs the baseline to move", "add --baseline BASE")
+        judging = (max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits, remeasure, data, junit)
+        if any(given is not None for given in judging):
+            raise InputError(
+                "--update moves the baseline and judges nothing", "leave limits, --remeasure, --data and --junit out"
+            )
         written, lines = gating.update(report_file, baseline)
         if json_file is not None:
             show_json({"written": str(written), "changes": lines}, json_file)

@@ -60,7 +60,7 @@ def run(
         parsing.names(outputs),
     )
     request = options.request((origin,), max_drop=max_drop, recalibrate=recalibrate, remeasure=remeasure)
-    gating.check(asked)
+    gating.check(asked, out=out)
     with delivery.held(out, options.store), Bar() as bar:
         result = line.run(replace(request, explain=True), bar)
         report, verdict = gating.judge(result, asked, bar)

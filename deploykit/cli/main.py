@@ -125,7 +125,9 @@ def _with_config(arguments: list[str]) -> list[str]:
         before = arguments[at - 1]
         return not before.startswith("-") or before in flags or "=" in before
 
-    at = next((i for i, text in enumerate(arguments) if i > 0 and config.is_config(text) and stands_alone(i)), None)
+    # a text with a dash in front is an option with its value: --limits=limits.yaml
+    files = (i for i, text in enumerate(arguments) if i > 0 and config.is_config(text) and not text.startswith("-"))
+    at = next((i for i in files if stands_alone(i)), None)
     if at is None:
         return arguments
     return ["run", *config.arguments(Path(arguments[at]), known), *arguments[1:at], *arguments[at + 1 :]]

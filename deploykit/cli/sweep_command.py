@@ -86,10 +86,12 @@ def sweep(
 
     if objective not in OBJECTIVES:
         raise UnknownName("objective", objective, OBJECTIVES)
+    parsing.positive(limit, "--limit")
+    parsing.positive(calib_n, "--calib-n")
     limits = Limits(
-        loadgen.latency_s(max_latency, "--max-latency") if max_latency else None,
-        gate.parse_drop(max_drop) if max_drop else None,
-        parsing.memory_bytes(max_memory, "--max-memory") if max_memory else None,
+        loadgen.latency_s(max_latency, "--max-latency") if max_latency is not None else None,
+        gate.parse_drop(max_drop) if max_drop is not None else None,
+        parsing.memory_bytes(max_memory, "--max-memory") if max_memory is not None else None,
     )
     line = LineRequest(
         targets=(SourceRequest(target, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs)),),
@@ -115,7 +117,7 @@ def sweep(
         parsing.counts(threads, "--threads"),
         parsing.counts(streams, "--streams"),
         objective,
-        parsing.seconds(budget, "--budget") if budget else None,
+        parsing.seconds(budget, "--budget") if budget is not None else None,
         command,
     )
     with Bar() as bar:

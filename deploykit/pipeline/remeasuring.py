@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploykit import backends, data, machine, preprocess
 from deploykit.artifact import Artifact
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, InputError
 from deploykit.measurement import Measurement
 from deploykit.pipeline import engines
 from deploykit.pipeline.measuring import POOL_SIZE
@@ -72,7 +72,7 @@ def measure(
     length = span(how.duration)
     found: dict[str, gates.Turns | gates.Settled] = {}
     pairs: list[Pair] = []
-    for was, now, _ in gates.pairs_of(new.rows, [r for r in old.rows if not gates.is_copy(r)]):
+    for was, now, _ in gates.pairs_of(new.rows, [r for r in old.rows if not r.is_copy]):
         if now is None or now.status != "ok" or was.status != "ok" or not limits.of(now).timed:
             continue
         pair = _pair(now, _engine(now, mine), _engine(was, theirs))
@@ -186,18 +186,24 @@ class _Inputs:
 
     def __init__(self, how: Again, new: Report) -> None:
         self._how = how
-        kept = new.samples.get("judge", {}).get("preprocess")
-        self._own = Preprocess.from_json(kept) if kept else None
+        self._own = _preprocess(how, new) if how.data else None
 
     def of(self, pair: Pair) -> list[Feeds]:
         """`POOL_SIZE` different inputs of the row's batch. Raises DataError for data that cannot be read."""
         batch, signature = pair.row.batch, pair.new.signature
         ranges = {k: ShapeRange(*(tuple(x) for x in v)) for k, v in dict(pair.new.options.get("shapes", {})).items()}
         spec = self._how.data or f"random:{POOL_SIZE * batch}"
-        own = preprocess.parse(self._how.preprocess) if self._how.preprocess else self._own if self._how.data else None
-        samples = data.open(spec, signature, preprocess=own, shapes=ranges)
+        samples = data.open(spec, signature, preprocess=self._own, shapes=ranges)
         wanted = [i % len(samples) for i in range(batch * POOL_SIZE)]
         return [feeds for feeds, _ in samples.take(wanted, "judge").batches(batch, pad=True)]
+
+
+def _preprocess(how: Again, new: Report) -> Preprocess | None:
+    kept = new.samples.get("judge", {}).get("preprocess")
+    try:
+        return preprocess.chosen(how.preprocess, kept)
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise InputError("the preprocessing in the report cannot be read", "say it with --preprocess") from exc
 
 
 def why_not(new: Report, old: Report, limits: gates.LimitSet, mine: bool, theirs: bool) -> str:

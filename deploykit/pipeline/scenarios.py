@@ -157,7 +157,7 @@ def documents(planned: Sequence[PlannedRow], results: Results | None, loads: Loa
 def said(table: Sequence[Row], planned: Sequence[PlannedRow], results: Results | None, loads: Loads) -> list[Row]:
     """The rows with what LoadGen found in their columns, and in their notes in words."""
     ids = _ids(planned, results)
-    return [_said(row, loads.outcomes.get(ids.get(row_id(row), "")) if "A/A:" not in row.notes else None) for row in table]
+    return [_said(row, loads.outcomes.get(ids.get(row_id(row), "")) if not row.is_copy else None) for row in table]
 
 
 def _said(row: Row, found: LoadOutcome | DeploykitError | str | None) -> Row:

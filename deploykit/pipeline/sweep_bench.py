@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact
 from deploykit.children import BugInChild, Child
 from deploykit.errors import DeploykitError
-from deploykit.measurement import Measurement
+from deploykit.measurement import MIN_RUNS, Measurement
 from deploykit.pipeline.line import Ready
 from deploykit.pipeline.request import Narrator
 from deploykit.pipeline.workshop import backend_code
@@ -34,6 +34,16 @@ DURATIONS = {
     "final": bench.Duration("final", launches=3, rounds=4, seconds=3.0, limit_s=6.0, enough_runs=64),
 }
 GLIMPSE_COST_S = 1.0  # with opening the engine and warming it up
+
+
+def durations(*, tail: bool) -> dict[str, bench.Duration]:
+    """How long each round measures. `tail`: a limit is on the 90th percentile, so the last round goes on until there are runs
+    enough for one, were there only one run a window: an engine that takes 0.1 s a run has 60 in 6 s."""
+    final = DURATIONS["final"]
+    if not tail:
+        return DURATIONS
+    rounds = -(-MIN_RUNS[90] // final.launches)
+    return {**DURATIONS, "final": replace(final, limit_s=max(final.limit_s, final.seconds * rounds / final.rounds))}
 
 
 class Notes:
@@ -64,8 +74,9 @@ class Notes:
 class Evaluations:
     """The evaluations: glimpses in one child per engine, kept open for its next configuration; rounds as `bench` measures."""
 
-    def __init__(self, made: Ready, pools: Mapping[int, list[Feeds]], digest: str, say: Narrator) -> None:
+    def __init__(self, made: Ready, pools: Mapping[int, list[Feeds]], digest: str, say: Narrator, *, tail: bool = False) -> None:
         self._made, self._pools, self._say = made, pools, say
+        self._durations = durations(tail=tail)
         self._engines: dict[tuple[str, str], Artifact] = {(e.row.backend, e.row.precision): e.engine for e in made.entries}
         self.notes = Notes(made, digest)
         self.reused = 0
@@ -92,8 +103,8 @@ class Evaluations:
         self._close()
         self._say.step(f"{effort}: {len(configurations)} configurations in turns")
         targets = [self._target(c) for c in configurations]
-        found = bench.measure(targets, self._pools, DURATIONS[effort], progress=self._say.progress)
-        return {c: _score(found[str(c)]) for c in configurations}
+        found = bench.measure(targets, self._pools, self._durations[effort], progress=self._say.progress)
+        return {c: _score(c, found[str(c)]) for c in configurations}
 
     def _target(self, c: Configuration) -> bench.Target:
         return bench.Target(str(c), c.backend, self._engines[c.engine].path, self._opening(c), group="sweep")
@@ -128,17 +139,25 @@ class Evaluations:
             self._child, self._serves = Child(str(c), threads=c.threads), serves
         assert self._child is not None
         call = self._child.call
-        call(hosted.open_engine, c.backend, self._engines[c.engine].path, self._opening(c), timeout_s=bench.OPEN_TIMEOUT_S)
+        opening = self._opening(c)
+        opened = call(hosted.open_engine, c.backend, self._engines[c.engine].path, opening, timeout_s=bench.OPEN_TIMEOUT_S)
         call(hosted.bind_briefly, self._pools[c.batch], timeout_s=bench.OPEN_TIMEOUT_S)
         windows = [call(hosted.window, GLIMPSE_S, timeout_s=bench.WINDOW_TIMEOUT_S) for _ in range(2)]
         p50_s = min(float(np.median(window.seconds)) for window in windows)
         # by the median, not the wall clock: one interruption would weigh too much in so short a window
-        return Score(c.batch * c.streams / p50_s, p50_s, n=sum(len(window.seconds) for window in windows))
+        n = sum(len(window.seconds) for window in windows)
+        return Score(c.batch * c.streams / p50_s, p50_s, n=n, ran=_ran(c, opened.precision))
 
 
-def _score(found: Measurement | DeploykitError) -> Score | str:
+def _ran(c: Configuration, precision: str) -> str:
+    """The precision that really ran, where it is another than was asked for."""
+    return "" if precision == c.precision else precision
+
+
+def _score(c: Configuration, found: Measurement | DeploykitError) -> Score | str:
     if isinstance(found, DeploykitError):
         return found.message
     p50 = found.percentile_s(50)
     assert p50 is not None
-    return Score(found.images_per_s, p50, found.percentile_s(90), found.n_timed, found.peak_rss_bytes or None)
+    ran = _ran(c, found.precision)
+    return Score(found.images_per_s, p50, found.percentile_s(90), found.n_timed, found.peak_rss_bytes or None, ran)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,14 +11,16 @@ from typing import Any
 from deploykit import backends, machine
 from deploykit.drift import Drift
 from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_PASSED, DeploykitError, InputError, MissingBackend
+from deploykit.measurement import MIN_RUNS
 from deploykit.pipeline import line, measuring
 from deploykit.pipeline.line import LineRequest, Ready
 from deploykit.pipeline.request import Narrator
 from deploykit.pipeline.sweep_bench import DURATIONS, GLIMPSE_COST_S, GLIMPSE_S, Evaluations, Notes
 from deploykit.stages import sweep
-from deploykit.stages.sweep import Configuration, Found, Limits, Quality
+from deploykit.stages.sweep import EFFORTS, Configuration, Found, Limits, Quality, Trial
 
 SCHEMA_VERSION = 1
+_SHOWN = 5  # configurations that came closest, where none keeps the limits
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,21 @@ class Swept:
         """Whether every configuration that was tried failed to open or run."""
         tried = [t for t in self.found.trials if t.scores or t.failed]
         return bool(tried) and all(t.failed for t in tried)
+
+    def distance(self, trial: Trial) -> tuple[float, ...]:
+        """How far a trial is from the limits, for sorting: by the accuracy it loses over the limit, how carefully it was
+        measured, its latency and its memory over the limits; what is not known counts as far."""
+        limits, score = self.request.limits, trial.score
+        drop = self.qualities.get(trial.configuration.engine, Quality()).drop_pp
+        tail = None if score is None else score.p90_s or score.p50_s
+        held = None if score is None else score.peak_rss_bytes
+        stages = len(EFFORTS) - (EFFORTS.index(trial.effort) + 1 if trial.effort else 0)
+
+        def over(value: float | None, limit: float | None) -> float:
+            return 0.0 if limit is None else math.inf if value is None else max(0.0, value - limit) / (limit or 1.0)
+
+        too_much = over(drop, limits.max_drop_pp), over(tail, limits.max_latency_s), over(held, limits.max_memory_bytes)
+        return (float(trial.failed), too_much[0], float(stages), too_much[1], too_much[2])
 
     def reproduce(self, configuration: Configuration) -> str:
         """The command that measures a configuration again."""
@@ -114,9 +132,10 @@ def take(request: SweepRequest, say: Narrator) -> Swept:
         raise _no_labels()
     space = _space(made, request)
     pools, digest = line.pools_for(made.models[0].signature, made.samples.judge, {c.batch for c in space}, made.rows)
-    with Evaluations(made, pools, digest, say) as evaluations:
+    latency_s = request.limits.max_latency_s
+    with Evaluations(made, pools, digest, say, tail=latency_s is not None) as evaluations:
         qualities = _qualities(made, evaluations.notes, say)
-        say.step(f"sweep: {len(space)} configurations, at most about {_most_s(space):,.0f} s")
+        say.step(f"sweep: {len(space)} configurations, at most about {_most_s(space, latency_s or 0.0):,.0f} s")
         found = sweep.search(
             space, qualities, request.limits, evaluations.evaluate, objective=request.objective, budget_s=request.budget_s
         )
@@ -132,10 +151,11 @@ def _no_labels() -> InputError:
     return InputError("--max-drop needs labelled samples to judge by", "add --data DATA with labels")
 
 
-def _most_s(space: Sequence[Configuration]) -> float:
+def _most_s(space: Sequence[Configuration], latency_s: float) -> float:
+    """About the most seconds that a sweep takes; latency_s: the limit, 0 for none, that slow runs come near at most."""
     looks = min(len(space), sweep.MOST["glimpse"]) * (DURATIONS["look"].seconds + GLIMPSE_COST_S)
-    final = DURATIONS["final"]
-    return len(space) * (GLIMPSE_S + GLIMPSE_COST_S) + looks + sweep.MOST["look"] * (final.limit_s + 3 * GLIMPSE_COST_S)
+    final = max(DURATIONS["final"].limit_s, MIN_RUNS[90] * latency_s)
+    return len(space) * (GLIMPSE_S + GLIMPSE_COST_S) + looks + sweep.MOST["look"] * (final + 3 * GLIMPSE_COST_S)
 
 
 def _absent(made: Ready) -> dict[str, str]:
@@ -211,12 +231,14 @@ def lines(swept: Swept) -> Iterator[str]:
             yield "every configuration that was tried failed to open or run:"
         else:
             yield "nothing here keeps the limits; what came closest, and why it was out:"
-        yield from (f"  {t.configuration}: {t.out}" for t in swept.found.trials[:5])
+        yield from (f"  {t.configuration}: {t.out}" for t in sorted(swept.found.trials, key=swept.distance)[:_SHOWN])
         return
     score, quality = swept.found.trial(best).score, swept.qualities[best.engine]
     assert score is not None
     tail = f", p90 {score.p90_s * 1e3:.3g} ms" if score.p90_s is not None else ""
     yield f"recommended: {best}: {score.images_per_s:,.4g} img/s, p50 {score.p50_s * 1e3:.3g} ms{tail}"
+    if score.ran:
+        yield f"asked for {best.precision}, really ran {score.ran}"
     if quality.drop_pp is not None:
         upper = f" (at most {quality.drop_high:.2f} at 95 %)" if quality.drop_high is not None else ""
         yield f"loses {quality.drop_pp:.2f} pp of top-1{upper} on {swept.judged_on} samples"

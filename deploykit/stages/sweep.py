@@ -61,13 +61,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured of a configuration: p90_s is None with too few runs, peak_rss_bytes where it was not its own process."""
+    """What was measured of a configuration: p90_s is None with too few runs, peak_rss_bytes where it was not its own process.
+    ran: the precision that really ran, '' where it is the one asked for."""
 
     images_per_s: float
     p50_s: float
     p90_s: float | None = None
     n: int = 0
     peak_rss_bytes: int | None = None
+    ran: str = ""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def test_limits_become_the_option_that_reads_them(tmp_path: Path) -> None:
         ("source: m.onnx\nlimits:\n  - backend: openvino\n    max-dorp: 1pp\n", "line 4: unknown key 'max-dorp'\n.*'max-drop'"),
         ("source: m.onnx\nlimits:\n  - backend: openvino\n    max-drop: 1\n", "line 4: 'max-drop' is 1, not percentage points"),
         ("source: m.onnx\nlimits:\n  - {batch: 0, max-drop: 1pp}\n", "line 3: 'batch' is 0; it needs a positive whole number"),
+        ("source: m.onnx\nbackend: &a [*a]\n", "line 2: a value holds itself"),
+        ("source: m.onnx\nlimits: &a\n  - {backend: *a}\n", "a value holds itself"),
     ],
 )
 def test_a_bad_pipeline_file_is_refused_with_its_line(text: str, said: str, tmp_path: Path) -> None:
@@ -94,6 +96,19 @@ def test_a_bad_pipeline_file_is_refused_with_its_line(text: str, said: str, tmp_
     import re
 
     assert re.search(said, str(caught.value)), str(caught.value)
+
+
+def test_a_few_lines_that_stand_for_billions_are_refused_at_once(tmp_path: Path) -> None:
+    levels = [f"  - &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 14)]
+    file = written(tmp_path, "\n".join(["source: m.onnx", "backend:", "  - &l0 x", *levels, ""]))
+    with pytest.raises(InputError, match="'backend' is ") as caught:
+        config.arguments(file, KNOWN)
+    assert len(str(caught.value)) < 3000
+
+
+def test_an_anchor_may_be_used_twice(tmp_path: Path) -> None:
+    file = written(tmp_path, "source: m.onnx\nbatch: &b [1, 8]\nbackend: &n [openvino]\ninput: *n\n")
+    assert config.arguments(file, KNOWN)[-2:] == ["--input", "openvino"]
 
 
 def test_limits_of_single_rows(tmp_path: Path) -> None:
@@ -160,5 +175,5 @@ def test_the_pipeline_file_is_found_behind_other_options(before: list[str], tmp_
 def test_an_option_s_own_yaml_is_no_pipeline_file() -> None:
     from deploykit.cli import main
 
-    given = ["run", "m.onnx", "--limits", "limits.yaml"]
-    assert main._with_config(given) == given
+    for given in (["run", "m.onnx", "--limits", "limits.yaml"], ["run", "m.onnx", "--limits=limits.yaml", "-o", "out"]):
+        assert main._with_config(given) == given

@@ -27,6 +27,13 @@ from deploykit.stages import bench
         (["--objective", "troughput"], "did you mean 'throughput'"),
         (["--budget", "soon"], "--budget 'soon' is no length of time"),
         (["--batch", "0"], "--batch '0'"),
+        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--calib-n", "-5"], "--calib-n -5 must be at least 1"),
+        # an empty variable of a script is no limit left out
+        (["--max-latency", ""], "--max-latency '' is no latency"),
+        (["--max-drop", ""], "--max-drop ''"),
+        (["--max-memory", ""], "--max-memory '' is no amount of memory"),
+        (["--budget", ""], "--budget '' is no length of time"),
     ],
 )
 def test_bad_input_is_one_message(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

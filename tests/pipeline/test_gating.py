@@ -292,3 +292,128 @@ def test_a_damaged_engine_of_the_baseline_is_found_before_the_run(runs: Path, tm
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError):
         gating.check(GateRequest(tmp_path / "base", BOTH))
+
+
+def test_a_report_of_another_name_is_not_given_what_lies_beside_it(runs: Path, tmp_path: Path) -> None:
+    """An older report kept in a run's folder: the outcomes and engines there are the newer run's."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "base", folder)
+    shutil.copy(folder / "report.json", folder / "older.json")
+    own, older = baselines.open_run(folder / "report.json"), baselines.open_run(folder / "older.json")
+    assert (own.folder, bool(own.outcomes)) == (folder, True)
+    assert (older.folder, bool(older.outcomes)) == (None, False)
+    assert not baselines.open_baseline(folder / "older.json", {}).outcomes
+    with pytest.raises(InputError, match="engines of both runs"):
+        gating.gate(folder / "older.json", GateRequest(runs / "base", BOTH, remeasure=True, again=QUICK), None)
+
+
+@pytest.mark.parametrize("mark", ["../../elsewhere", "a/b", ["x"]])
+def test_a_machine_class_is_no_path(runs: Path, tmp_path: Path, mark: object) -> None:
+    report = _edited(runs, tmp_path / "run", lambda doc: doc["environment"].update(fingerprint=mark))
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(InputError, match="no machine class"):
+        gating.update(report, tmp_path / "kept")
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_folder_that_holds_more_than_a_run_is_not_replaced(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    shutil.copytree(runs / "base", target)
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt, which is no run's"):
+        gating.update(runs / "new", target)
+    assert (target / "notes.txt").read_text() == "mine"
+    (target / "notes.txt").unlink()
+    shutil.copytree(runs / "new", target / "engines" / "new")
+    with pytest.raises(InputError, match="holds the run"):
+        gating.update(target / "engines" / "new", target)
+
+
+def test_only_a_run_s_own_files_become_the_baseline(runs: Path, tmp_path: Path) -> None:
+    for name, source in (("run", "new"), ("base", "base")):
+        shutil.copytree(runs / source, tmp_path / name)
+    (tmp_path / "run" / "deploykit.yaml").write_text("source: x")
+    (tmp_path / "base" / "gate.xml").write_text("")
+    gating.update(tmp_path / "run", tmp_path / "base")
+    assert {p.name for p in (tmp_path / "base").iterdir()} == {p.name for p in (runs / "new").iterdir()}
+    assert (tmp_path / "run" / "deploykit.yaml").is_file()
+
+
+def test_moving_a_baseline_says_what_else_changes(runs: Path, tmp_path: Path) -> None:
+    def change(doc: dict[str, Any]) -> None:
+        doc["versions"]["onnxruntime"] = "0.1"
+        doc["model"]["sha256"] = "f" * 64
+        doc["verdict"] = {"outcome": "fail", "reasons": [], "skipped": []}
+
+    target = _edited(runs, tmp_path / "base", change)
+    report = _edited(runs, tmp_path / "failed", change)
+    _, lines = gating.update(runs / "new", target)
+    assert any(text.startswith("changed  onnxruntime: 0.1 -> ") for text in lines)
+    assert any(text.startswith("changed  model: ffffffffffff -> ") for text in lines)
+    assert not any(text.startswith("note") for text in lines)
+    _, lines = gating.update(report, target)
+    assert lines[0] == "note     the run's own gate said fail"
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (GateRequest(Path("base"), LimitSet(Limits(max_drop_pp=1.0)), remeasure=True), "no limit is on them"),
+        (GateRequest(Path("base"), BOTH, again=Again("long")), "unknown duration"),
+        (GateRequest(Path("base"), BOTH, again=Again(preprocess="none")), "--preprocess says how --data is read"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(request_: GateRequest, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        gating.check(request_, own_machine=False)
+
+
+@pytest.mark.parametrize(("limits", "remeasure"), [(Limits(max_drop_pp=100.0), None), (Limits(max_slowdown=0.9), False)])
+def test_data_to_measure_on_is_refused_where_nothing_is_measured(runs: Path, limits: Limits, remeasure: bool | None) -> None:
+    asked = GateRequest(runs / "base", LimitSet(limits), remeasure, Again("smoke", data=str(runs / "data.npz")))
+    with pytest.raises(InputError, match="--data is what engines are measured again on"):
+        gating.gate(runs / "new", asked, None)
+
+
+def test_a_run_does_not_replace_the_baseline_it_is_held_against(runs: Path, tmp_path: Path) -> None:
+    for baseline in (runs / "base", runs / "base" / "report.json"):
+        with pytest.raises(InputError, match="its own baseline"):
+            gating.check(GateRequest(baseline, BOTH), out=runs / "base")
+        gating.check(GateRequest(baseline, BOTH), out=tmp_path / "new")
+
+
+def test_a_baseline_without_limits_is_held_by_the_default_ones(runs: Path) -> None:
+    assert GateRequest(runs / "base").held == LimitSet(gating.DEFAULT_LIMITS)
+    assert GateRequest(runs / "base", BOTH).held == BOTH
+    assert GateRequest(None).held == LimitSet()
+    run = baselines.open_run(runs / "base")
+    verdict = gating._verdict(run, {}, GateRequest(runs / "base" / "report.json"), _Quiet())
+    assert {"top-1 drop", "speed"} <= {r.check for r in verdict.reasons}
+
+
+def test_preprocessing_in_a_report_that_cannot_be_read_is_one_message(runs: Path) -> None:
+    report = replace(baselines.open_run(runs / "base").report, samples={"judge": {"preprocess": {"mean": 5}}})
+    with pytest.raises(InputError, match="preprocessing in the report"):
+        remeasuring._Inputs(Again("smoke", data="x.npz"), report)
+    remeasuring._Inputs(Again("smoke"), report)  # random inputs need none
+
+
+def test_a_run_named_by_its_report_is_replaced_whole(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "base", tmp_path / "base")
+    written, _ = gating.update(runs / "new", tmp_path / "base" / "report.json")
+    assert written == tmp_path / "base"
+    for name in ("report.json", "measurements.json"):
+        assert (written / name).read_bytes() == (runs / "new" / name).read_bytes()
+    engines = [sorted(p.relative_to(f).as_posix() for p in (f / "engines").rglob("*")) for f in (written, runs / "new")]
+    assert engines[0] == engines[1]
+    (tmp_path / "alone").mkdir()
+    written, _ = gating.update(runs / "new", tmp_path / "alone" / "report.json")
+    assert written == tmp_path / "alone" / "report.json"
+
+
+def test_a_baseline_file_copied_as_a_baseline_keeps_its_outcomes(runs: Path, tmp_path: Path) -> None:
+    first, _ = gating.update(runs / "base", tmp_path / "first.json")
+    second, _ = gating.update(first, tmp_path / "second.json")
+    mine, copied = (baselines.open_baseline(file, {}).outcomes for file in (first, second))
+    assert mine and mine.keys() == copied.keys()
+    assert all(np.array_equal(mine[key].correct, copied[key].correct) for key in mine)

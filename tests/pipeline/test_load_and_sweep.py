@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import tiny_models
 from deploykit import children, report_document
 from deploykit.errors import BackendFailed, InputError
 from deploykit.loadgen import LoadOutcome
+from deploykit.measurement import MIN_RUNS, Window
 from deploykit.pipeline import delivery, line, measuring, rooflines, scenarios, sweep_bench, sweeping
 from deploykit.pipeline.line import LineRequest, LineResult
 from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
 from deploykit.roofline import Ceilings
 from deploykit.row import Row
+from deploykit.session import OpenRequest
 from deploykit.stages import bench
 from deploykit.stages import ceilings as stage
-from deploykit.stages.sweep import Limits
+from deploykit.stages.sweep import Configuration, Found, Limits, Quality, Score, Trial
 from deploykit.store import Store
 
 pytest.importorskip("onnxruntime")
@@ -265,3 +268,47 @@ def test_a_sweep_where_everything_fails_ends_with_the_backend_s_code(
     swept = sweeping.take(sweeping.SweepRequest(request_, Limits(), (1,)), Silent())
     assert swept.exit_code == 4
     assert "failed to open or run" in next(sweeping.lines(swept))
+
+
+def test_what_came_closest_stands_first_where_nothing_keeps_the_limits(request_: LineRequest) -> None:
+    near, far, lossy = (Configuration("a", p, 1, 1) for p in ("fp32", "bf16", "int8"))
+    trials = (
+        Trial(lossy, {}, "loses 9.00 pp of top-1"),
+        Trial(far, {"glimpse": Score(1.0, 9.0)}, "takes 9e+03 ms"),
+        Trial(near, {"glimpse": Score(1.0, 1.1)}, "takes 1.1e+03 ms"),
+    )
+    qualities = {c.engine: Quality(drop, drop) for c, drop in ((near, 0.0), (far, 0.0), (lossy, 9.0))}
+    limits = Limits(max_latency_s=1.0, max_drop_pp=0.5)
+    swept = sweeping.Swept(Found(None, (), trials, 1.0), qualities, sweeping.SweepRequest(request_, limits), {}, 8, 0, {}, {})
+    said = [text.split(":")[0].strip() for text in sweeping.lines(swept)][1:]
+    assert said == [str(near), str(far), str(lossy)]
+
+
+def test_a_recommendation_says_where_another_precision_ran(request_: LineRequest) -> None:
+    one = Configuration("a", "int8", 1, 1)
+    for ran in ("", "fp32"):
+        found = Found(one, (one,), (Trial(one, {"final": Score(1.0, 1.0, ran=ran)}),), 1.0)
+        swept = sweeping.Swept(found, {one.engine: Quality()}, sweeping.SweepRequest(request_, Limits()), {}, 8, 0, {}, {})
+        assert ("asked for int8, really ran fp32" in list(sweeping.lines(swept))) is bool(ran)
+    assert sweep_bench._ran(one, "fp32") == "fp32" and sweep_bench._ran(one, "int8") == ""
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_limit_on_the_tail_measures_slow_engines_until_they_have_one(tail: bool) -> None:
+    """One run a window, as an engine of 0.3 s a run has."""
+
+    class Slow:
+        def resume(self) -> None: ...
+        def pause(self) -> None: ...
+        def call(self, function: object, *args: object, **kwargs: object) -> object:
+            return Window((0.3,), 0.3) if args else 1
+
+    target = bench.Target("slow", "onnxruntime", Path("m"), OpenRequest("fp32", 1, 1), "sweep")
+    span = sweep_bench.durations(tail=tail)["final"]
+    runs = 0
+    for _ in range(span.launches):
+        running = bench._Running(target, Slow(), None, 0.0)  # type: ignore[arg-type]
+        bench._take_turns([running], span, random.Random(0), {"slow": bench._Collected()})
+        runs += len(running.windows)
+    assert (runs >= MIN_RUNS[90]) is tail
+    assert runs <= MIN_RUNS[90] + span.launches

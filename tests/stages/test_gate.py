@@ -406,3 +406,16 @@ def test_junit_never_shows_inconclusive_as_green() -> None:
     verdict = judge(with_row(), None, Limits())
     suite = ElementTree.fromstring(junit.text(verdict))[0]
     assert suite.get("errors") == "1"
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "outcome"), [("ok", "pass"), ("failed", "inconclusive"), ("skipped", "inconclusive")])
+def test_a_limit_on_rows_of_which_none_ran_is_no_pass(status: str, outcome: str) -> None:
+    report = with_row(backend="openvino")
+    other = an_ok_row(backend="litert", images_per_s=500.0) if status == "ok" else Row("tiny", "litert", "int8", 1, status, "why")
+    rules = (gate.Rule({"backend": "litert"}, Limits(max_drop_pp=0.5)),)
+    verdict = judge(replace(report, rows=(*report.rows, other)), None, gate.LimitSet(Limits(max_drop_pp=0.5), rules))
+    assert verdict.outcome == outcome
+    assert any("none of them ran" in r.message for r in verdict.reasons) is (outcome != "pass")

@@ -175,3 +175,18 @@ def test_few_of_many_comparisons_of_equal_engines_fail() -> None:
         found = Contrasts(launch[:, 2] - launch[:, :2].mean(axis=1), launch[:, 1] - launch[:, 0])
         fails += judged(found, lost, 0.0)[0] == "fail"
     assert fails <= 20
+
+
+def test_a_limit_below_the_floor_says_what_it_is_held_as() -> None:
+    for limit, said in ((0.0, True), (0.005, True), (0.05, False)):
+        (reason, _) = timed(ROW, turns(), Limits(max_slowdown=limit))
+        assert ("held as 1 %" in reason.message) is said
+
+
+@pytest.mark.parametrize("gone", [{"peaks_rss_bytes": (0,) * 8}, {"peaks_rss_bytes": ()}, {"loads_s": ()}])
+def test_what_was_not_measured_in_every_launch_is_inconclusive(gone: dict[str, tuple[int, ...]]) -> None:
+    found = turns()
+    check = "start-up" if "loads_s" in gone else "memory"
+    limits = {"max_memory_growth": 0.5, "max_startup_growth": 0.5}
+    assert outcomes(found, **limits)[check] == "pass"
+    assert outcomes(replace(found, new=replace(found.new, **gone)), **limits)[check] == "inconclusive"

@@ -12,7 +12,7 @@ from dataclasses import astuple
 from deploykit.errors import InputError
 from deploykit.report_document import Report
 from deploykit.stages.gate.against import Fresh, Outcomes, RowOutcomes, Side, against, outcomes_of
-from deploykit.stages.gate.comparable import EVERYTHING, edited, is_copy, pairs_of
+from deploykit.stages.gate.comparable import EVERYTHING, edited, pairs_of
 from deploykit.stages.gate.drops import own_drop
 from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_drop, parse_growth, parse_slowdown
 from deploykit.stages.gate.resources import Settled, timed, undecided
@@ -29,7 +29,6 @@ __all__ = [
     "Rule",
     "Settled",
     "Turns",
-    "is_copy",
     "judge",
     "outcomes_of",
     "pairs_of",
@@ -91,7 +90,7 @@ def _alone(report: Report, limits: LimitSet) -> Verdict:
         most = limits.of(row).max_drop_pp
         if row.status != "ok":
             skipped.append(f"{row.label}: {row.status}: {row.reason or 'no reason was recorded'}")
-        elif report.is_reference(row) or is_copy(row):
+        elif report.is_reference(row) or row.is_copy:
             skipped.append(f"{row.label}: the reference itself")
         elif most is not None:
             reasons.append(own_drop(report, row, most))

@@ -18,7 +18,6 @@ from deploykit.stages.gate.comparable import (
     changed_versions,
     drop_contradiction,
     edited,
-    is_copy,
     pairs_of,
     percentile_doubt,
     raw_contradiction,
@@ -88,7 +87,7 @@ def against(new: Side, old: Side, limits: LimitSet, fresh: Fresh | None = None) 
 
     `fresh`, by `row_id` of the report's row: both engines measured in turns just now, which then decide on time and memory.
     """
-    rows = [r for r in old.report.rows if not is_copy(r)]
+    rows = [r for r in old.report.rows if not r.is_copy]
     reasons = edited(new.report, "the report") + edited(old.report, "the baseline")
     reasons += unlike(new.report, old.report, accuracy=limits.asks("max_drop_pp"))
     if any(r.outcome == "fail" for r in reasons):
@@ -107,7 +106,7 @@ def against(new: Side, old: Side, limits: LimitSet, fresh: Fresh | None = None) 
         else:
             reasons += _compare(new, now, old, was, limits.of(now), fresh, skipped)
     matched = {id(now) for _, now, _ in pairs}
-    skipped += [f"{r.label}: not in the baseline" for r in new.report.rows if id(r) not in matched and not is_copy(r)]
+    skipped += [f"{r.label}: not in the baseline" for r in new.report.rows if id(r) not in matched and not r.is_copy]
     return combine(reasons, skipped)
 
 

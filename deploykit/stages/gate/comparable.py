@@ -15,11 +15,6 @@ from deploykit.verdict import Reason
 EVERYTHING = "report"
 
 
-def is_copy(row: Row) -> bool:
-    """Whether the row is an A/A copy of the reference, there to show the machine's own spread."""
-    return "A/A:" in row.notes
-
-
 def unlike(new: Report, old: Report, *, accuracy: bool) -> list[Reason]:
     """What makes the two runs no comparison at all (fail), or leaves open whether they are one (inconclusive)."""
     found = []
@@ -116,7 +111,7 @@ def pairs_of(new: Sequence[Row], old: Sequence[Row]) -> Iterator[tuple[Row, Row 
     """(baseline's row, its row in the report or None, why there is none)."""
     found: dict[tuple[str, str, str, int, str], list[Row]] = {}
     for row in new:
-        if not is_copy(row):
+        if not row.is_copy:
             found.setdefault(_identity(row), []).append(row)
     for was in old:
         twins = [r for r in old if _identity(r) == _identity(was)]

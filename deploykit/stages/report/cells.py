@@ -75,9 +75,11 @@ def cell(report: Report, row: Row, key: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant figures, whole from 100 on; empty for None."""
+    """Three significant figures, whole from 100 on, two below 0.1; empty for None."""
     if value is None:
         return ""
+    if 0 < abs(value) < 0.0995:
+        return f"{value:.2g}"
     if abs(value) >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"

@@ -34,8 +34,10 @@ def unlike(a: Report, b: Report) -> list[str]:
 
 
 def lines(a: Report, b: Report) -> list[list[str]]:
-    """The cells of the table under HEADINGS, for every row of either report."""
-    mine, theirs = ({(r.name, r.backend, r.precision, r.batch, _target(r)): r for r in report.rows} for report in (a, b))
+    """The cells of the table under HEADINGS, for every row of either report but the A/A copies of the reference."""
+    mine, theirs = (
+        {(r.name, r.backend, r.precision, r.batch, _target(r)): r for r in report.rows if not r.is_copy} for report in (a, b)
+    )
     table = []
     for key in dict.fromkeys([*mine, *theirs]):
         one, other = mine.get(key), theirs.get(key)

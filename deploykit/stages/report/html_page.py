@@ -166,7 +166,7 @@ def _explanations(report: Report) -> str:
     parts = []
     for name, found in report.explanations.items():
         lines = []
-        for finding in found.get("findings") or ():
+        for finding in (f for f in _listed(found.get("findings")) if isinstance(f, Mapping)):
             share = finding.get("share")
             cost = f" <b>{share:.0%} of the time</b>" if isinstance(share, float) else ""
             lines.append(f"<li>{escape(str(finding.get('text')))}{cost} <em>{escape(str(finding.get('remedy')))}</em></li>")
@@ -222,7 +222,7 @@ def _layer_drifts(report: Report) -> str:
     parts = []
     for name, found in report.layer_drifts.items():
         rows = found.get("layers") or []
-        made = ", ".join(str(row) for row in found.get("rows") or ())
+        made = ", ".join(str(row) for row in _listed(found.get("rows")))
         said = f"<h3>{escape(name)}</h3>" + (f"<p>read by {escape(made)}; {_short(found.get('n'))} samples</p>" if made else "")
         if rows:
             caption = (
@@ -231,9 +231,14 @@ def _layer_drifts(report: Report) -> str:
             said += f"<figure><div class='scroll' tabindex='0'>{layers_page.plot(rows)}</div><figcaption>{caption}</figcaption></figure>"
             worst = f"The {min(_WORST, len(rows))} worst of {len(rows)} layers"
             said += f"<details><summary>{worst}</summary>{layers_page.table(rows[:_WORST])}</details>"
-        notes = "".join(f"<li>{escape(str(note))}</li>" for note in found.get("notes") or ())
+        notes = "".join(f"<li>{escape(str(note))}</li>" for note in _listed(found.get("notes")))
         parts.append(said + (f"<ul class='findings'>{notes}</ul>" if notes else ""))
     return "".join(parts)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    """The value where it is a list: a report edited by hand may hold anything there."""
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _short(value: Any) -> str:

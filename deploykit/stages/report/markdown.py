@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from deploykit.stages.report import cells
 # GitHub refuses a comment longer than 65,536 characters.
 MAX_CHARS = 65_000
 _MAX_REASON = 300
+_EDGE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is no emphasis
+_ISSUE = re.compile(r"(?<![&\w])#(?=\d)")
 
 
 def text(report: Report, *, limit: int = MAX_CHARS) -> str:
@@ -63,10 +66,12 @@ def table(shown: Report, report: Report) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, inside a table cell too; it mentions nobody."""
-    for char in "\\`*[]|":
+    """Text that Markdown shows as it is, inside a table cell too; it mentions nobody and no issue."""
+    text = text.replace("&", "&amp;")
+    for char in "\\`*[]|~":
         text = text.replace(char, "\\" + char)
-    text = text.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
+    text = _EDGE.sub(r"\\_", text)
+    text = _ISSUE.sub("&#35;", text.replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;"))
     return " ".join(text.split())
 
 

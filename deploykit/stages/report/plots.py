@@ -43,7 +43,7 @@ def trade_off(report: Report) -> str:
     kinds: list[tuple[str, Callable[[Row], float | None], bool]] = [
         ("top-1 lost against the reference, percentage points", lambda r: _lost(report, r), False),
         ("samples with another top-1 than the reference, %", _disagreeing, False),
-        ("p50 latency, ms", lambda r: None if r.p50_s is None else r.p50_s * 1e3, True),
+        ("p50 latency, ms", lambda r: r.p50_s * 1e3 if r.p50_s else None, True),
     ]
     for heading, figure, logarithmic in kinds:
         known = [(r, y) for r in rows if (y := figure(r)) is not None]
@@ -156,11 +156,11 @@ def grid(x: Scale, x_ticks: Ticks, y: Scale, y_ticks: Ticks, below: str, beside:
 def latencies(report: Report) -> str:
     """SVG: a lane for each measured row with the distribution of its runs (from the raw seconds) and marks at p50, p90 and
     p99; without raw seconds the marks alone. Empty when nothing was measured."""
-    rows = [r for r in report.rows if r.status == "ok" and r.p50_s is not None]
+    rows = [r for r in report.rows if r.status == "ok" and r.p50_s]  # a time of zero has no place on a logarithmic axis
     if not rows:
         return ""
     raw = [_seconds(report, r) for r in rows]
-    marks = [[v * 1e3 for v in (r.p50_s, r.p90_s, r.p99_s) if v is not None] for r in rows]
+    marks = [[v * 1e3 for v in (r.p50_s, r.p90_s, r.p99_s) if v] for r in rows]
     ends = [v for m in marks for v in m] + [float(v) for s in raw if s.size for v in np.quantile(s, [0.001, 0.999])]
     scale, ticks = log_axis(ends, _LABEL_WIDTH, WIDTH - RIGHT)
     height = TOP + _LANE * len(rows) + BOTTOM

@@ -48,9 +48,7 @@ def beside(report: Report) -> list[tuple[Claim, Row | None, str]]:
     ]
     found = []
     for claim, (wanted, fits) in zip(CLAIMS, ours, strict=True):
-        rows = [
-            r for r in report.rows if r.status == "ok" and r.batch == 1 and r.images_per_s and fits(r) and "A/A:" not in r.notes
-        ]
+        rows = [r for r in report.rows if r.status == "ok" and r.batch == 1 and r.images_per_s and fits(r) and not r.is_copy]
         found.append((claim, max(rows, key=lambda r: r.images_per_s or 0.0, default=None), wanted))
     return found
 

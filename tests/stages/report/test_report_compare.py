@@ -27,3 +27,10 @@ def test_what_changed_is_said() -> None:
         assert "2.14.1 in A" in text
     states = [line[-1] for line in compare.lines(a_report(), other)]
     assert {"built -> failed", "ok -> missing"} <= set(states)
+
+
+def test_an_aa_copy_does_not_stand_in_for_the_reference() -> None:
+    report = a_report()
+    copy = replace(report.rows[0], notes="A/A: the reference again, in processes of its own", speedup=0.97, speedup_low=0.95)
+    with_copy = replace(report, rows=(report.rows[0], copy, *report.rows[1:]))
+    assert compare.lines(with_copy, report) == compare.lines(report, report)

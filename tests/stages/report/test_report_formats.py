@@ -161,7 +161,16 @@ def test_an_empty_report_renders() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (0.0, "0.00"), (1.234, "1.23"), (9.996, "10.0"), (99.96, "100"), (1234.5, "1,234"), (0.004, "0.00")],
+    [
+        (None, ""),
+        (0.0, "0.00"),
+        (1.234, "1.23"),
+        (9.996, "10.0"),
+        (99.96, "100"),
+        (1234.5, "1,234"),
+        (0.5, "0.50"),
+        (0.0113, "0.011"),
+    ],
 )
 def test_numbers_have_three_figures(value: float | None, text: str) -> None:
     assert cells.number(value) == text
@@ -172,3 +181,12 @@ def test_tiny_times_do_not_become_zero() -> None:
     assert cells.milliseconds(None) == ""
     assert cells.percent(0.999999) == "99.99%"
     assert cells.percent(1.0) == "100.00%"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("a&lt;b", "a&amp;lt;b"), ("_x_", "\\_x\\_"), ("int8_dynamic", "int8_dynamic"), ("~~x~~", "\\~\\~x\\~\\~"), ("see #12", "see &#35;12"),
+     ("__init__", "\\_\\_init\\_\\_"), ("net#2", "net#2"), ("@a", "&#64;a")],
+)  # fmt: skip
+def test_markdown_shows_text_as_it_is(given: str, shown: str) -> None:
+    assert markdown.escape(given) == shown

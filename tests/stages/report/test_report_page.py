@@ -178,3 +178,18 @@ def test_a_browser_shows_the_page_without_complaint_and_without_sideways_scrolli
     inner, scrolls = map(int, found.groups())
     assert inner == width
     assert scrolls <= inner
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"rows": tuple(replace(r, p50_s=0.0, p90_s=0.0) if r.status == "ok" else r for r in a_report().rows)},
+        {"rows": tuple(replace(r, images_per_s=0.0, top1_drop_pp=None, agreement=None) for r in a_report().rows)},
+        {"explanations": {"x": {"verdict": 5, "findings": ["a", 5, {"share": 0.5}]}}},
+        {"explanations": {"x": {"findings": 5}}},
+        {"layer_drifts": {"x": {"rows": 5, "notes": 5}}},
+        {"measurements": {row_id(a_report().rows[0]): {"launches": 5}}},
+    ],
+)
+def test_a_report_edited_by_hand_still_has_a_page(edit: dict[str, Any]) -> None:
+    assert "</html>" in html_page.text(a_report(**edit))

@@ -40,7 +40,17 @@ def test_each_measured_row_stands_under_its_ceiling() -> None:
     assert "<script" not in page
 
 
-@pytest.mark.parametrize("broken", [None, [], {"name": "x"}, {**CEILINGS.to_json(), "bytes_per_s": {"a": 1}}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        [],
+        {"name": "x"},
+        *({**CEILINGS.to_json(), "bytes_per_s": rates} for rates in ({"a": 1}, {}, {"1": 0}, {"1": -5.0}, {"1": None})),
+        *({**CEILINGS.to_json(), "ops_per_s": rates} for rates in (5, {"fp32": "fast"}, {"fp32": 0}, {"fp32": -1.0})),
+        {**CEILINGS.to_json(), "how": "by hand"},
+    ],
+)
 def test_a_report_without_ceilings_has_no_roofline(broken: Any) -> None:
     report = _report(ceilings=broken) if broken is not None else _report()
     assert roofline_plot.svg(report) == ""
@@ -72,3 +82,11 @@ def test_a_figure_above_the_bound_is_called_impossible(monkeypatch: pytest.Monke
     (found,) = t4_bounds.judged()
     assert not found.possible
     assert found.words == "impossible"
+
+
+@pytest.mark.parametrize("counts", [{"macs": -1}, {"parameters": -1}, {"parameters": 0, "moved_values": 0}, {"macs": "many"}])
+def test_a_model_without_counts_that_can_be_has_no_roofline(counts: dict[str, Any]) -> None:
+    report = _report(ceilings=CEILINGS.to_json())
+    report = replace(report, model={"name": "net", "summary": SUMMARY | counts})
+    assert roofline_plot.svg(report) == ""
+    assert "<h2>Roofline</h2>" not in html_page.text(report)
