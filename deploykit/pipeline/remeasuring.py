@@ -25,7 +25,7 @@ from deploykit.stages import gate as gates
 EngineKey = tuple[str, str, str, str]  # model, backend, precision, device
 # Launches a block, and how many blocks at most: a row that its interval leaves open is measured on. More and shorter
 # launches tell more than few long ones: processes of one engine differ more than rounds of one process do.
-BLOCKS: Mapping[str, tuple[int, int]] = {"smoke": (5, 1), "quick": (6, 2), "standard": (10, 2), "mlperf": (20, 2)}
+BLOCKS: Mapping[str, tuple[int, int]] = {"smoke": (5, 1), "quick": (6, 2), "standard": (10, 3), "mlperf": (20, 2)}
 _ASKED = re.compile(r"(.*) \((\S+) asked\)")
 _TARGET = re.compile(r"\b(cpu|sm\d+)\)?$")  # of a row's device: 'cpu', 'sm89', 'NVIDIA L4 (sm89)'
 

@@ -158,12 +158,12 @@ def test_students_t_agrees_with_scipy() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(5, 20), st.floats(-0.5, 0.5), st.floats(1e-4, 0.2), st.integers(0, 2**31))
-def test_an_interval_holds_its_value_and_a_surer_one_is_wider(launches: int, shift: float, spread: float, seed: int) -> None:
+def test_an_interval_holds_its_value_both_ways_of_saying_it(launches: int, shift: float, spread: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     found = Contrasts(shift + spread * rng.normal(size=launches), spread * rng.normal(size=launches))
     for measured in (lost, grown):
-        likely, sure = measured(found, 0.95), measured(found, 0.99)
-        assert sure.low <= likely.low <= likely.value <= likely.high <= sure.high
+        change = measured(found)
+        assert change.low <= change.value <= change.high
     assert lost(found).value == pytest.approx(1 - 1 / (1 + grown(found).value))
 
 

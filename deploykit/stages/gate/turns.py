@@ -22,8 +22,8 @@ Floats = NDArray[np.float64]
 # Effects below this are never called a change, whatever the interval says: cache and page placement alone reach it.
 EFFECT_FLOOR = 0.01
 LEVEL = 0.95
-# A row is looked at twice (two blocks of launches) and by two clocks: each fails on what 5 % shared by four leaves, and less.
-SURE = 0.99
+# A row is looked at up to three times (blocks of launches) and by two clocks; what keeps false alarms below 1 % all the same
+# is the effect's floor, the rank test and the A/A row (benchmarks/gate_false_alarms.py).
 RANK_P = 0.01
 MIN_LAUNCHES = 5
 # new - mean(old, old) of independent processes of variance s^2 has variance 1.5 s^2; old - old has 2 s^2.
@@ -65,14 +65,14 @@ class Contrasts:
         pooled = (own + copies) / (2 * count - 1)
         return math.sqrt(pooled), 2 * count - 1
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float, float]:
+    def interval(self) -> tuple[float, float, float]:
         """(mean, low, high) of the logarithm of new over old: Student's t over the launches, widened to the percentile
         bootstrap over launches where that is wider."""
         count = len(self.new)
         mean = float(self.new.mean())
         deviation, freedom = self.spread()
-        half = _student(level, freedom) * deviation * math.sqrt(_CONTRAST / count)
-        low, high = _bootstrap(self.new, level)
+        half = _student(LEVEL, freedom) * deviation * math.sqrt(_CONTRAST / count)
+        low, high = _bootstrap(self.new)
         return mean, min(mean - half, low), max(mean + half, high)
 
 
@@ -115,34 +115,34 @@ def peak_bytes(m: Measurement) -> list[list[float]]:
     return [[float(b)] for b in m.peaks_rss_bytes]
 
 
-def lost(found: Contrasts, level: float = LEVEL) -> Change:
+def lost(found: Contrasts) -> Change:
     """1 - old cost / new cost, with its interval: for seconds, the share of the throughput lost (0.05 = 5 % slower)."""
-    mean, low, high = found.interval(level)
+    mean, low, high = found.interval()
     return Change(-math.expm1(-mean), -math.expm1(-low), -math.expm1(-high))
 
 
-def grown(found: Contrasts, level: float = LEVEL) -> Change:
+def grown(found: Contrasts) -> Change:
     """new cost / old cost - 1, with its interval (0.1 = 10 % more)."""
-    mean, low, high = found.interval(level)
+    mean, low, high = found.interval()
     return Change(math.expm1(mean), math.expm1(low), math.expm1(high))
 
 
-def judged(found: Contrasts, measured: Callable[[Contrasts, float], Change], limit: float) -> tuple[str, str]:
+def judged(found: Contrasts, measured: Callable[[Contrasts], Change], limit: float) -> tuple[str, str]:
     """(outcome, why where it is not plain from the interval) of the change that `measured` (`lost` or `grown`) makes of the
-    contrasts: 'fail' when the lower end of its SURE interval is over the limit and the rank test and the A/A row agree that
-    something changed; 'pass' when the upper end of its 95 % interval is within it; else 'inconclusive'.
+    contrasts: 'fail' when the lower end of its 95 % interval is over the limit and the rank test and the A/A row agree that
+    something changed; 'pass' when the upper end is within it; else 'inconclusive'.
 
     A limit below EFFECT_FLOOR is held as EFFECT_FLOOR.
     """
     held = max(limit, EFFECT_FLOOR)
-    change, sure = measured(found, LEVEL), measured(found, SURE)
-    if not (change.is_number and sure.is_number):
+    change = measured(found)
+    if not change.is_number:
         return "fail", "not a number"
     if len(found.new) < MIN_LAUNCHES:
         return "inconclusive", f"{len(found.new)} launches a side, {MIN_LAUNCHES} are needed"
     if change.high <= held:
         return "pass", ""
-    if sure.low <= held:
+    if change.low <= held:
         return "inconclusive", "more launches would tell"
     p = found.rank_p
     if p > RANK_P:
@@ -165,8 +165,8 @@ def doubtful(m: Measurement) -> str:
     return ""
 
 
-def _bootstrap(values: Floats, level: float) -> tuple[float, float]:
-    tail = 50 * (1 - level)
+def _bootstrap(values: Floats) -> tuple[float, float]:
+    tail = 50 * (1 - LEVEL)
     low, high = np.percentile(_resamples(len(values)) @ values, [tail, 100 - tail])
     return float(low), float(high)
 
