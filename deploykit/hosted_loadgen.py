@@ -11,7 +11,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +185,23 @@ def _offline(request: LoadRequest, sut: _Sut) -> LoadOutcome:
 def _highest_rate(request: LoadRequest, sut: _Sut) -> LoadOutcome:
     """The outcome at the highest rate that keeps the bound: bracketed, halved, then held for the whole duration.
 
-    Raises what a failing engine raises. Where no rate keeps the bound, `value` is None.
+    Raises what a failing engine raises. Where no rate keeps the bound, in the search or over the whole duration, `value` is None;
+    the logs are those of the last run all the same.
     """
     if sut.run_s > request.latency_s:
         why = f"one run takes {sut.run_s * 1e3:.3g} ms at the least, so that every rate missed {request.latency_s * 1e3:g} ms"
-        return _no_rate(request, sut, why, ())
+        return _no_rate(request, sut, why, (), None)
     report_progress("Server: what the engine can do at all", 0.0)
     most = 1.1 * (_offline(LoadRequest("Offline", PROBE_S / 2), sut).value or sut.batch / sut.mean_s)
     tried: list[tuple[float, bool]] = []
+    last: LoadOutcome | None = None
 
     def holds(rate: float) -> bool:
+        nonlocal last
         seconds = min(max(PROBE_S, PROBE_QUERIES / rate), PROBE_MOST_S)
         report_progress(f"Server: {rate:.4g} samples/s", min(0.5, 0.08 * len(tried)))
-        found = _once(LoadRequest("Server", seconds, request.latency_s), sut, {"server_target_qps": rate})
-        tried.append((rate, found.valid or _held_so_far(found, rate)))
+        last = _once(LoadRequest("Server", seconds, request.latency_s), sut, {"server_target_qps": rate})
+        tried.append((rate, last.valid or _held_so_far(last, rate)))
         return tried[-1][1]
 
     low, high = 0.0, most
@@ -212,7 +215,6 @@ def _highest_rate(request: LoadRequest, sut: _Sut) -> LoadOutcome:
             high = rate
         rate = (low + high) / 2 if low else high / 2
     rate = low
-    last: LoadOutcome | None = None
     for _ in range(RETRIES if low else 0):
         report_progress(f"Server: {rate:.4g} samples/s over {request.seconds:g} s", 0.6)
         # a run that is too short for its percentile is INVALID whatever the engine does
@@ -220,13 +222,14 @@ def _highest_rate(request: LoadRequest, sut: _Sut) -> LoadOutcome:
         last = _once(LoadRequest("Server", seconds, request.latency_s), sut, {"server_target_qps": rate})
         tried.append((rate, last.valid))
         if last.valid or _held_so_far(last, rate):
-            break
+            return LoadOutcome.from_json({**last.to_json(), "tried": tried}, last.logs)
         rate *= STEP_BACK
-    if last is None:
-        why = f"even {tried[-1][0]:.3g} samples/s missed {request.latency_s * 1e3:g} ms; one run takes {sut.run_s * 1e3:.3g} ms"
-        return _no_rate(request, sut, why, tuple(tried))
-    doc = {**last.to_json(), "tried": tried}
-    return LoadOutcome.from_json(doc, last.logs)
+    lowest, bound = min(tried)[0], f"{request.latency_s * 1e3:g} ms"
+    if low:
+        why = f"{low:.3g} samples/s kept {bound} in the search, and over a longer run even {tried[-1][0]:.3g} missed it"
+    else:
+        why = f"even {lowest:.3g} samples/s missed {bound}; one run takes {sut.run_s * 1e3:.3g} ms"
+    return _no_rate(request, sut, why, tuple(tried), last.logs if last is not None else None)
 
 
 def _held_so_far(found: LoadOutcome, rate: float) -> bool:
@@ -235,9 +238,11 @@ def _held_so_far(found: LoadOutcome, rate: float) -> bool:
     return found.seconds * rate < PROBE_QUERIES * 0.999 and tail is not None and tail <= found.settings["latency_s"]
 
 
-def _no_rate(request: LoadRequest, sut: _Sut, why: str, tried: tuple[tuple[float, bool], ...]) -> LoadOutcome:
+def _no_rate(
+    request: LoadRequest, sut: _Sut, why: str, tried: tuple[tuple[float, bool], ...], logs: Mapping[str, str] | None
+) -> LoadOutcome:
     settings = {"batch": float(sut.batch), "latency_s": request.latency_s}
-    return LoadOutcome("Server", None, "samples/s", False, request.seconds, 0, {}, (why,), settings, tried)
+    return LoadOutcome("Server", None, "samples/s", False, request.seconds, 0, {}, (why,), settings, tried, logs)
 
 
 class _Workers:

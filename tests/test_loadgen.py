@@ -147,3 +147,27 @@ def test_a_failing_engine_is_an_error_not_a_figure(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hosted, "WARMUP_S", 0.0)
     with pytest.raises(BackendFailed, match="broke"):
         hosted_loadgen.run(LoadRequest("SingleStream", 0.1), _samples(2), 1)
+
+
+@pytest.mark.parametrize("longest", [0.0, 1.5, 100.0])
+def test_a_rate_that_did_not_hold_is_no_figure(longest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that keeps the bound for so many seconds only: never, in the search's probes, always."""
+
+    def once(request: LoadRequest, sut: object, extra: dict[str, float]) -> LoadOutcome:
+        valid = request.seconds <= longest
+        rate = extra.get("server_target_qps", 1000.0)
+        settings = {"latency_s": request.latency_s}
+        return LoadOutcome("Server", rate, "samples/s", valid, request.seconds, 9, {"p99": 1.0}, (), settings, (), {"log": "x"})
+
+    class Fast:
+        run_s = mean_s = 0.001
+        batch = streams = 1
+
+    monkeypatch.setattr(hosted_loadgen, "_once", once)
+    found = hosted_loadgen._highest_rate(LoadRequest("Server", 10.0, 0.5), Fast())  # type: ignore[arg-type]
+    assert (found.value is not None, found.valid) == ((longest == 100.0,) * 2)
+    assert found.logs == {"log": "x"}
+    if longest == 1.5:
+        assert "kept 500 ms in the search, and over a longer run even" in found.in_words()
+    elif not longest:
+        assert "samples/s missed 500 ms" in found.in_words()

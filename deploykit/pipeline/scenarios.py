@@ -109,6 +109,8 @@ def _one(
         return exc
     except BugInChild as exc:
         return BackendFailed(f"{entry.row.id}: {str(exc).strip().splitlines()[-1]}")
+    if found.value is None:  # no figure, perhaps of a busy moment: the next run tries again
+        return found
 
     def build(folder: Path) -> Artifact:
         path = folder / "loadgen.json"

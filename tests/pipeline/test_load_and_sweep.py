@@ -312,3 +312,22 @@ def test_a_limit_on_the_tail_measures_slow_engines_until_they_have_one(tail: boo
         runs += len(running.windows)
     assert (runs >= MIN_RUNS[90]) is tail
     assert runs <= MIN_RUNS[90] + span.launches
+
+
+def test_an_outcome_without_a_figure_is_not_kept(
+    request_: LineRequest, result: LineResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answers = iter([replace(OUTCOME, value=None, valid=False), OUTCOME])
+
+    def ask(entry: measuring.Entry, *_: object) -> LoadOutcome:
+        asked.append(entry.row.id)
+        return next(answers)
+
+    monkeypatch.setattr(scenarios, "_ask", ask)
+    rows = replace(request_.rows, scenario="Offline")
+    for value in (None, OUTCOME.value, OUTCOME.value):
+        loads = scenarios.take(result.entries[:1], result.entries[0].engine.signature, None, rows, Store(tmp_path), Silent())
+        (found,) = loads.outcomes.values()
+        assert isinstance(found, LoadOutcome) and found.value == value
+    assert len(asked) == 2
