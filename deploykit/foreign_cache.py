@@ -93,24 +93,35 @@ def _magnitudes(origin: str, pairs: Iterable[tuple[str, float]], path: Path, *no
     ends = {}
     for name, amax in pairs:
         if not math.isfinite(amax) or amax < 0.0:
-            raise InputError(f"{path}: the range of '{name}' is {amax}", "the cache is damaged; calibrate again")
+            remedy = (
+                "give its calibration.json, which has both ends"
+                if notes and amax < 0.0
+                else "the cache is damaged; calibrate again"
+            )
+            raise InputError(f"{path}: the range of '{name}' is {amax}", remedy)
         ends[name] = (-amax, amax)
     return ForeignCache(origin, ends, symmetric=True, notes=notes)
 
 
 def _both_ends(doc: Mapping[str, Any], path: Path) -> dict[str, tuple[float, float]]:
-    """calibration.json: {tensor: {'lowest': x, 'highest': y, ...}}, a number or {'data': number, 'dtype': ...} each."""
+    """calibration.json: {tensor: {'lowest': x, 'highest': y, ...}}, a number or {'data': number or numbers, 'dtype': ...} each.
+    What a calibrator's `compute_data` gives has the tensors one level below, under 'data'."""
 
-    def number(value: Any) -> float:
-        while isinstance(value, dict | list):
-            value = value.get("data") if isinstance(value, dict) else value[0]
-        return float(value)
+    def numbers(value: Any) -> list[float]:
+        if isinstance(value, dict):
+            return numbers(value["data"])
+        return [x for one in value for x in numbers(one)] if isinstance(value, list) else [float(value)]
 
+    if doc.get("CLS") == "TensorsData":
+        rows = doc.get("data")
+        if not isinstance(rows, dict):
+            raise InputError(f"{path} is no calibration table: its 'data' holds no tensors", _KNOWN)
+        doc = rows
     ends = {}
     for name, row in doc.items():
         try:
-            low, high = number(row["lowest"]), number(row["highest"])
-        except (KeyError, TypeError, ValueError, IndexError) as exc:
+            low, high = min(numbers(row["lowest"])), max(numbers(row["highest"]))
+        except (KeyError, TypeError, ValueError, RecursionError) as exc:
             raise InputError(f"{path} is no calibration table: '{name}' has no lowest and highest", _KNOWN) from exc
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
             raise InputError(f"{path}: the range of '{name}' is [{low}, {high}]", "the cache is damaged; calibrate again")

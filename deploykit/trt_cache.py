@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deploykit.artifact import write_atomically
 from deploykit.calibration_table import CalibrationTable
-from deploykit.errors import InputError, UnknownName
+from deploykit.errors import InputError, MissingBackend, UnknownName
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
 DEFAULT_VERSION = "10.14.1"
@@ -140,10 +140,14 @@ def to_onnxruntime(table: CalibrationTable) -> bytes:
 
     Its own write_calibration_table (onnxruntime 1.31, quantization/quant_utils.py) writes max(highest, lowest), which
     makes [-5, 1] a 1.0; here it is the amax. With the option set to 1 it reads `to_text` instead, but splits at the first
-    colon: this form is the safer one for names with a colon. Needs onnxruntime, which brings flatbuffers.
+    colon: this form is the safer one for names with a colon. Raises MissingBackend without onnxruntime, which brings
+    flatbuffers.
     """
-    import flatbuffers  # type: ignore[import-untyped]
-    from onnxruntime.quantization.CalTableFlatBuffers import KeyValue, TrtTable
+    try:
+        import flatbuffers  # type: ignore[import-untyped]
+        from onnxruntime.quantization.CalTableFlatBuffers import KeyValue, TrtTable
+    except ImportError as exc:
+        raise MissingBackend("writing ONNX Runtime's table needs onnxruntime", "pip install 'deploykit[cpu]'") from exc
 
     builder = flatbuffers.Builder(1024)
     entries = []

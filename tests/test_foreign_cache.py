@@ -55,6 +55,26 @@ def test_each_form_is_known_by_its_content(tmp_path: Path) -> None:
     assert foreign_cache.read(tmp_path / "ours.flatbuffers").amax == pytest.approx({"x": 5.0})
 
 
+def test_what_a_calibrator_computes_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """`write_calibration_table(calibrator.compute_data())`, as ONNX Runtime's examples have it; per channel, both ends count."""
+    pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+    from onnxruntime.quantization.quant_utils import write_calibration_table
+
+    computed = TensorsData(
+        CalibrationMethod.MinMax, {"x": (np.float32(-1.5), np.float32(1.0)), "a:b": (np.float32(0), np.float32(6))}
+    )
+    write_calibration_table(computed, str(tmp_path))
+    assert foreign_cache.read(tmp_path / "calibration.json").ends == {"x": (-1.5, 1.0), "a:b": (0.0, 6.0)}
+    channels = {"lowest": {"data": [-1.0, -3.0]}, "highest": {"data": [[2.0], [5.0]]}}
+    (tmp_path / "channels.json").write_text(json.dumps({"x": channels}))
+    assert foreign_cache.read(tmp_path / "channels.json").ends == {"x": (-3.0, 5.0)}
+    for broken in ({"CLS": "TensorsData"}, {"CLS": "TensorsData", "data": 3}, {"x": {"lowest": [], "highest": 1}}):
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=r"broken\.json is no calibration table"):
+            foreign_cache.read(tmp_path / "broken.json")
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -19,7 +19,7 @@ _NO_GPU = Missing(
 )
 _REBUILD = (
     "not checked: TensorRT chooses kernels by timing them on the GPU, so two builds may differ; "
-    "the option timing_cache makes them alike"
+    "--timing-cache FILE keeps the timings, which makes them alike"
 )
 ENGINE_NAME = "model.engine"
 
@@ -99,7 +99,7 @@ class TensorRt:
             artifact.signature, request.batches, request.shapes, each=bool(options.get("profile_each_batch", False))
         )
         model = parser_graph.load(artifact.path)
-        text, said = _calibration(trt, request, model)
+        text, said = _calibration(trt, request, model, artifact.path)
         cache = Path(str(options["timing_cache"])) if options.get("timing_cache") else None
         spec = builder.PlanSpec(
             profiles=wanted,
@@ -111,9 +111,10 @@ class TensorRt:
         made = builder.build(trt, model, artifact.path, artifact.signature, spec)
         if cache is not None and made.timing_cache is not None:
             write_atomically(cache, made.timing_cache)
-        made = builder.with_layers(made, builder.inspect(trt, made.data))
+        made = builder.with_layers(made, builder.inspect(trt, made.data, wanted[0] if wanted else None))
         told = account.facts(model, made, wanted, implicit=text is not None)
-        told["warnings"] = [*said, *told["warnings"]]
+        for kind in ("warnings", "notes"):
+            told[kind] = [*said, *told[kind]]
         engine = folder / ENGINE_NAME
         write_atomically(engine, made.data)
         here = gpu.found()[0]
@@ -161,8 +162,8 @@ def _only_stubs() -> Missing | None:
     return None
 
 
-def _calibration(trt: Any, request: BuildRequest, model: Any) -> tuple[str | None, tuple[str, ...]]:
-    """The cache's text for implicit INT8 and what to warn of; None for a graph that says its own precision."""
+def _calibration(trt: Any, request: BuildRequest, model: Any, path: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The cache's text for implicit INT8 of the model at `path`, and what to warn of; None for a graph that says its own precision."""
     named = request.options.get("calibration")
     if request.precision != "int8" or not named:
         if request.precision == "int8":
@@ -176,7 +177,7 @@ def _calibration(trt: Any, request: BuildRequest, model: Any) -> tuple[str | Non
         raise BackendFailed(
             "a calibration cache was given for a graph with Q/DQ nodes", "give the float model to --int8-mode implicit"
         )
-    text = implicit.cache_text(trt, Path(str(named)))
+    text = implicit.cache_text(trt, Path(str(named)), path)
     return text, implicit.check_names(text, model)
 
 

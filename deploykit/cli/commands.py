@@ -65,18 +65,33 @@ def check(
         str | None, typer.Option("--target", help="Backends to check for: tensorrt, tensorrt-rtx, onnxruntime, openvino.")
     ] = None,
     json_file: o.JsonFile = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option("--repair", help="Mend what can be mended without changing what the model computes, into this .onnx file."),
+    ] = None,
 ) -> int:
-    """The graph's findings, each with the node and the remedy; exit code 1 on an error-level one.
+    """The graph's findings, each with the node and the remedy; exit code 1 on an error-level one. With --repair, the findings
+    that are left.
 
     Example:  deploykit check model.onnx --target tensorrt
+              deploykit check quantized-elsewhere.onnx --target tensorrt --repair repaired.onnx
     """
     from deploykit.pipeline import single
 
+    repairs: tuple[str, ...] = ()
     with Bar() as bar:
+        if repair is not None:
+            repairs = single.repair_file(model, repair, bar)
+            model = repair if repairs else model
         found = single.check_file(model, parsing.names(target) or (), bar)
     if json_file is not None:
-        show_json({"findings": [f.to_json() for f in found.findings], "summary": dict(found.summary)}, json_file)
+        told = {"repairs": list(repairs)} if repair is not None else {}
+        show_json({"findings": [f.to_json() for f in found.findings], "summary": dict(found.summary), **told}, json_file)
     if json_file != "-":
+        for line in repairs:
+            say(f"repaired: {line}")
+        if repair is not None and not repairs:
+            say(f"nothing could be repaired, and {repair} was not written")
         say(single.summary_line(model, found))
         if found.findings:
             rows = [[f.code, f.severity, f.target, f.node, f"{f.message} -> {f.remedy}"] for f in found.findings]
@@ -93,6 +108,16 @@ def calibrate(
     n: o.CalibN = 512,
     method: o.Method = o.DEFAULT_METHOD,
     trt_cache: Annotated[Path | None, typer.Option("--trt-cache", help="Write TensorRT's text cache too.")] = None,
+    trt_version: Annotated[
+        str | None,
+        typer.Option(
+            "--trt-version",
+            help="The TensorRT that will read it, e.g. 8.6.1: it calibrates anew on another version's header. Default: 10.14.1.",
+        ),
+    ] = None,
+    ort_table: Annotated[
+        Path | None, typer.Option("--ort-table", help="Write the table of ONNX Runtime's TensorRT provider too (flatbuffers).")
+    ] = None,
     preprocess: o.Preprocess = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
@@ -107,8 +132,9 @@ def calibrate(
 
     parsing.positive(n, "-n")
     request = DataRequest(data, None, preprocess, None, limit, n, method, None, recalibrate)
+    caches = single.CacheFiles(trt_cache, trt_version, ort_table)
     with Bar() as bar:
-        table = single.calibrate_file(model, request, out, trt_cache, bar, parsing.shapes(shapes))
+        table = single.calibrate_file(model, request, out, caches, bar, parsing.shapes(shapes))
     say(f"{out}: {len(table.ranges)} tensors, {table.method}, from {table.n} samples")
     for note in table.notes:
         say(f"note: {note}")
@@ -140,8 +166,9 @@ def quantize(
     limit: o.Limit = None,
     shapes: o.Shapes = None,
 ) -> int:
-    """Precision written into the graph. Mixed: the fewest and cheapest layers stay in float that meet a budget; exit code 1,
-    and the best there is, where none does.
+    """Precision written into the graph. fp16: with --data or --calib, tensors that came near FP16's limit stay in float32.
+    Mixed: the fewest and cheapest layers stay in float that meet a budget; exit code 1, and the best there is, where none
+    does.
 
     Example:  deploykit quantize model.onnx --mode static --data images/ -o model-int8.onnx
               deploykit quantize model.onnx --mode mixed --min-sqnr 25 --data images/ -o model-mixed.onnx
@@ -149,6 +176,7 @@ def quantize(
     from deploykit.pipeline import quantizing, single
     from deploykit.pipeline.request import DataRequest
 
+    parsing.positive(n, "-n")
     budget = parsing.budget(max_drop, min_sqnr, min_agreement)
     int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding, equalize)
     request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8, budget=budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deploykit.errors import InputError
+from deploykit.errors import InputError, UnknownName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,22 @@ def positive(value: int | None, option: str) -> int | None:
     if value is not None and value < 1:
         raise InputError(f"{option} {value} must be at least 1")
     return value
+
+
+def io(text: str, backend: str, precision: str) -> str:
+    """What a static INT8 file takes and gives, 'float' or 'int8'; InputError for a backend or precision that has no choice."""
+    if text not in ("float", "int8"):
+        raise UnknownName("kind of inputs and outputs", text, ("float", "int8"))
+    if text != "float" and (backend, precision) != ("litert", "int8"):
+        raise InputError(f"--io {text} is for --backend litert --precision int8", "leave --io out")
+    return text
+
+
+def gib(value: float | None, option: str) -> int | None:
+    """Bytes from GiB; InputError for what is no size."""
+    if value is not None and not 0 < value < 2**33:
+        raise InputError(f"{option} {value} is no size in GiB", f"example: {option} 8")
+    return None if value is None else max(int(value * 2**30), 1)
 
 
 def count_or_all(text: str, option: str) -> int | None:

@@ -94,7 +94,7 @@ def _tensors(model: onnx.ModelProto) -> tuple[set[str], set[str]]:
     fed = {v.name for v in model.graph.input} - stored
     constants = {o for node in model.graph.node if node.op_type == "Constant" for o in node.output}
     tensors = (fed | {name for node in model.graph.node for name in node.output if name}) - constants
-    wanted = {node.input[0] for node in model.graph.node if node.op_type in _WEIGHTED} & tensors
+    wanted = {node.input[0] for node in model.graph.node if node.op_type in _WEIGHTED and node.input} & tensors
     return tensors, wanted
 
 
@@ -105,7 +105,8 @@ def _not_negative(model: onnx.ModelProto) -> set[str]:
     found: set[str] = set()
     for node in model.graph.node:
         clips = node.op_type == "Clip" and len(node.input) > 1 and _zero_or_more(stored.get(node.input[1]))
-        if node.op_type in _NOT_NEGATIVE or clips or (node.op_type in _PASSING and node.input[0] in found):
+        passes = node.op_type in _PASSING and bool(node.input) and node.input[0] in found
+        if node.op_type in _NOT_NEGATIVE or clips or passes:
             found.update(name for name in node.output if name)
         elif node.op_type in ("Add", "Concat", "Mul") and all(name in found for name in node.input):
             found.update(node.output)

@@ -27,7 +27,7 @@ class Limits:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or (self.memory_bytes is not None and self.memory_bytes <= 0):
+        if not 0 < self.seconds <= threading.TIMEOUT_MAX or (self.memory_bytes is not None and self.memory_bytes <= 0):
             raise InputError("a limit on time or memory must be positive", "example: --time-limit 600 --memory-limit 8")
 
 

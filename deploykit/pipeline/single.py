@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifact as artifacts
-from deploykit import calibration_table, children, data, preprocess
+from deploykit import calibration_table, children, data, preprocess, trt_cache
 from deploykit.artifact import Artifact, manifest_path
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError
@@ -73,6 +73,35 @@ def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checke
     return Checked(tuple(findings), prepare.summary_json(summary))
 
 
+def repair_file(path: Path, out: Path, narrator: Narrator) -> tuple[str, ...]:
+    """The model with what can be mended mended, at `out`; a line for each repair, and no file where there was none to make."""
+    needs_suffix(out, ".onnx")
+    model = open_model(path)
+    narrator.step(f"repair {path.name}")
+    with scratch_beside(out) as folder:
+        done, companions = children.run("repair", _repair, path, folder / out.name, timeout_s=STAGE_TIMEOUT_S)
+        if done:
+            made = replace(
+                model.artifact,
+                path=folder / out.name,
+                stage="repair",
+                parent=model.artifact.sha256,
+                facts={**model.artifact.facts, "repairs": list(done)},
+                companions=dict.fromkeys(companions, ""),
+            )
+            deliver(made, out)
+    return tuple(done)
+
+
+def _repair(path: Path, out: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The repairs made, and the names of the companions of the file at `out`; runs in a child process."""
+    from deploykit import graph
+    from deploykit.stages import checks
+
+    mended, done = checks.repair(graph.load(path))
+    return done, graph.save(mended, out) if done else ()
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """An .onnx file as a stage takes it: with what its manifest knows, its digest, and the class names there."""
@@ -109,13 +138,46 @@ def open_data(model: ModelFile, spec: str, request: DataRequest, shapes: Mapping
     return data.open(spec, model.artifact.signature, preprocess=own, classes=model.classes, limit=request.limit, shapes=shapes)
 
 
-def calibrate_file(
-    path: Path, request: DataRequest, out: Path, trt_cache: Path | None, narrator: Narrator, shapes: Mapping[str, ShapeRange]
-) -> CalibrationTable:
-    """The calibration table of a model over DATA, written to `out` (and as TensorRT's text cache); a pass over the same
-    samples that was killed goes on where it stopped, from the file beside it that ends in .progress."""
-    from deploykit import trt_cache as text_cache
+@dataclass(frozen=True)
+class CacheFiles:
+    """The other forms in which a calibration table is written too: TensorRT's text cache, for the TensorRT that will read it,
+    and the table of ONNX Runtime's TensorRT provider."""
 
+    trt: Path | None = None
+    trt_version: str | None = None
+    onnxruntime: Path | None = None
+
+    def write(self, table: CalibrationTable) -> None:
+        """Writes those that were asked for."""
+        if self.trt is not None:
+            trt_cache.write(table, self.trt, version=self.trt_version or trt_cache.DEFAULT_VERSION)
+        if self.onnxruntime is not None:
+            data: bytes = children.run("table", trt_cache.to_onnxruntime, table)
+            artifacts.write_atomically(self.onnxruntime, data)
+
+    def check(self) -> None:
+        """Raises InputError for a version that is none, or has no cache, before anything is spent."""
+        if self.trt_version is None:
+            return
+        if self.trt is None:
+            raise InputError(
+                "--trt-version is the TensorRT that will read --trt-cache, and none is written", "add --trt-cache FILE"
+            )
+        trt_cache.version_number(self.trt_version)
+
+
+def calibrate_file(
+    path: Path,
+    request: DataRequest,
+    out: Path,
+    caches: CacheFiles | None,
+    narrator: Narrator,
+    shapes: Mapping[str, ShapeRange],
+) -> CalibrationTable:
+    """The calibration table of a model over DATA, written to `out` (and in the other forms asked for); a pass over the same
+    samples that was killed goes on where it stopped, from the file beside it that ends in .progress."""
+    caches = caches or CacheFiles()
+    caches.check()
     model = open_model(path)
     if request.data is None:
         raise InputError("calibration needs samples", "add --data DATA")
@@ -139,8 +201,7 @@ def calibrate_file(
             progress=narrator.progress,
         )
         table.save(out)
-    if trt_cache is not None:
-        artifacts.write_atomically(trt_cache, text_cache.to_text(table).encode())
+    caches.write(table)
     return table
 
 

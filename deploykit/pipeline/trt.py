@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deploykit import backends
-from deploykit.artifact import Artifact
-from deploykit.errors import EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError, MissingBackend, UnknownName
+from deploykit.artifact import Artifact, Json
+from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError, MissingBackend, UnknownName
 from deploykit.pipeline import building
 from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.session import Backend, BuildRequest
-from deploykit.signature import ShapeRange
+from deploykit.signature import ShapeRange, Signature
 from deploykit.trt import plan
 
 INT8_MODES = ("explicit", "implicit")
@@ -34,6 +34,9 @@ class TrtRequest:
     explain: bool = False
     int8_mode: str = "explicit"
     limits: Limits = field(default_factory=Limits)
+    profile_each_batch: bool = False
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,8 @@ def backend_for(choice: str) -> str:
         raise UnknownName("TensorRT backend", choice, CHOICES)
     if CHOICES[choice]:
         return CHOICES[choice]
-    if "tensorrt" in backends.names():
-        full = backends.get("tensorrt")
-        if full.missing() is None and full.cannot_run() is None:
-            return "tensorrt"
+    if "tensorrt" in backends.names() and backends.get("tensorrt").missing() is None:
+        return "tensorrt"
     return "tensorrt-rtx"
 
 
@@ -62,7 +63,8 @@ def build(
     request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator, tell: Callable[[str], None] = lambda _: None
 ) -> TrtResult:
     """Builds every engine asked for. An engine whose layers run in another precision than asked is a failure, unless
-    fallback is allowed; a target that cannot have the precision at all is one too.
+    fallback is allowed; a target that cannot have the precision at all is one too. Where one of several fails to build, the
+    others are built all the same.
 
     `tell` hears what is to be expected of each engine before anything is built.
     """
@@ -74,30 +76,50 @@ def build(
     for target in request.targets or ():
         if target not in backend.all_targets():
             raise UnknownName("target", target, backend.all_targets())
-    implicit = _implicit(request, name, data)
-    chosen, warnings = _chosen(request, backend, implicit)
+    chosen, warnings = _chosen(request, backend, _implicit(request, name, data))
     lines = [line for wanted, _ in chosen for line in plan.expectations(wanted.precision, wanted.target, name)]
     for line in dict.fromkeys(lines):
         tell(line)
     if not chosen:
         raise BackendFailed("; ".join(warnings), "choose another --target or precision")
     engines: list[Artifact] = []
-    failed = bool(warnings)
+    code = EXIT_FAILED if warnings else EXIT_PASSED
     with building.Graphs(request.model, data, narrator, request.shapes, out) as graphs:
-        for wanted, allow in chosen:
-            kind = building.require_buildable(name, wanted, allow=allow)
-            part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
+        batches, fixed = _batches(request.batches, graphs.model.artifact.signature)
+        for kind in dict.fromkeys(building.require_buildable(name, wanted, allow=allow) for wanted, allow in chosen):
             for finding in graphs.lint(kind, name):
                 tell(f"{finding.code}: {finding.message}; {finding.remedy}")
-            graph = graphs.of(kind)
-            extras = building.Extras(allow, graphs.notes(kind), part, request.limits)
-            engine = building.build_engine(graph, request.model, name, wanted, out, graphs.folder, narrator, extras)
+        for asked, allow in chosen:
+            wanted = replace(asked, batches=batches)
+            kind = building.require_buildable(name, wanted, allow=allow)
+            part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
+            extras = building.Extras(allow, (*fixed, *graphs.notes(kind)), part, request.limits)
+            try:
+                engine = building.build_engine(graphs.of(kind), request.model, name, wanted, out, graphs.folder, narrator, extras)
+            except BackendFailed as exc:
+                if len(chosen) == 1:
+                    raise
+                remedy = f"; {exc.remedy}" if exc.remedy else ""
+                warnings.append(f"not built: {wanted.precision} for {wanted.target}: {exc.message}{remedy}")
+                code = EXIT_BACKEND
+                continue
             engines.append(engine)
             fell_back = engine.facts.get("fell_back")
             if fell_back and not request.allow_fallback:
-                warnings.append(f"{engine.path.name} for {wanted.target}: {fell_back}; --allow-fallback accepts it")
-                failed = True
-    return TrtResult(tuple(engines), tuple(warnings), EXIT_FAILED if failed else EXIT_PASSED)
+                warnings.append(f"{engine.path.parent.name}: {fell_back}; --allow-fallback accepts it")
+                code = max(code, EXIT_FAILED)
+    if not engines:
+        raise BackendFailed("; ".join(warnings), "build one at a time to see more, with --explain for the node")
+    return TrtResult(tuple(engines), tuple(warnings), code)
+
+
+def _batches(asked: tuple[int, ...], signature: Signature) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The batches to build for, and what to say where the graph has one baked in: that is a warning, not an error."""
+    fixed = signature.fixed_batch
+    if fixed is None or asked == (fixed,):
+        return asked, ()
+    others = ", ".join(str(batch) for batch in asked if batch != fixed)
+    return (fixed,), (f"the graph has batch {fixed} baked in: built for that, not for {others}",)
 
 
 def _chosen(
@@ -105,17 +127,38 @@ def _chosen(
 ) -> tuple[list[tuple[BuildRequest, bool]], list[str]]:
     """What is to be built, with whether the backend would not vouch for it, and why the rest of what was asked for is not."""
     chosen, refused = [], []
+    may_fall_back = backend.name == "tensorrt-rtx"  # full TensorRT refuses only what it cannot build at all
+    tuned = _tuning(request, backend)
     for target in request.targets or backend.targets():
         for precision in request.precisions:
             cannot = backend.unsupported(precision, target)
-            if cannot is not None and not (request.allow_fallback and precision == "int8"):
-                refused.append(f"not built: {precision} for {target}: {cannot}; --allow-fallback builds it all the same"
-                               if precision == "int8" else f"not built: {precision} for {target}: {cannot}")  # fmt: skip
+            allowable = precision == "int8" and may_fall_back
+            if cannot is not None and not (request.allow_fallback and allowable):
+                way = "; --allow-fallback builds it all the same" if allowable else ""
+                refused.append(f"not built: {precision} for {target}: {cannot}{way}")
                 continue
-            options = {"allow_fallback": request.allow_fallback, **(implicit if precision == "int8" else {})}
+            options = {"allow_fallback": request.allow_fallback, **tuned, **(implicit if precision == "int8" else {})}
             wanted = BuildRequest(precision, target, request.batches, dict(request.shapes), options)
             chosen.append((wanted, cannot is not None))
     return chosen, refused
+
+
+def _tuning(request: TrtRequest, backend: Backend) -> dict[str, Json]:
+    """The build options beside precision and batch, those that were asked for. Raises InputError for what the backend ignores."""
+    found: dict[str, Json] = {}
+    if request.profile_each_batch:
+        found["profile_each_batch"] = True
+    if request.workspace_bytes is not None:
+        found["workspace_bytes"] = request.workspace_bytes
+    if request.timing_cache is not None:
+        if backend.name != "tensorrt":
+            raise InputError(
+                f"{backend.name} keeps no timing cache: it times nothing while it builds", "leave --timing-cache out"
+            )
+        if request.timing_cache.is_dir():
+            raise InputError(f"--timing-cache {request.timing_cache} is a folder", "name a file")
+        found["timing_cache"] = str(request.timing_cache)
+    return found
 
 
 def _implicit(request: TrtRequest, name: str, data: DataRequest) -> dict[str, str]:
@@ -124,6 +167,8 @@ def _implicit(request: TrtRequest, name: str, data: DataRequest) -> dict[str, st
         raise UnknownName("--int8-mode", request.int8_mode, INT8_MODES)
     if request.int8_mode == "explicit":
         return {}
+    if "int8" not in request.precisions:
+        raise InputError("--int8-mode says how INT8 engines are made, and none was asked for", "add --int8")
     if name != "tensorrt":
         raise InputError(
             f"{name} has no INT8 calibrators, so there is no implicit INT8", "leave --int8-mode out, or use --backend tensorrt"

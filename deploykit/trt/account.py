@@ -25,8 +25,10 @@ def facts(
     """The manifest's `facts` of a plan: JSON values only.
 
     'requested' and 'layers' count by kind and precision; 'fallback' names each node that asked for INT8 and runs in
-    something else; 'fell_back' says it in words (None where nothing did). 'notes' is what to print: the
-    warnings, asked against actual, and the `notes` given. `explained` is added to the warnings where something fell back. `implicit`: every convolution and matrix product is asked for in INT8, though no Q/DQ says so.
+    something else; 'fell_back' says it in words (None where nothing did); 'unseen' names those of which the listing tells
+    nothing. 'notes' is what to print: the warnings, asked against actual, and the `notes` given. `explained` is added to the
+    warnings where something fell back. `implicit`: every convolution and matrix product is asked for in INT8, though no Q/DQ
+    says so.
     """
     asked = layers.asked(model)
     if implicit:
@@ -34,7 +36,8 @@ def facts(
     missed = layers.shortfalls(asked, made.layers)
     counts = layers.requested(asked)
     lines = plan.shortfall_lines(missed, counts)
-    warnings = [*lines, *(explained if missed else ()), *made.warnings]
+    unseen = layers.unseen(asked, made.layers)
+    warnings = [*lines, *(explained if missed else ()), *plan.unseen_line(unseen), *made.warnings]
     return {
         "notes": [*warnings, plan.layers_line(counts, layers.by_kind(made.layers)), *notes],
         "profiles": profiles.to_json(wanted),
@@ -42,6 +45,7 @@ def facts(
         "layers": layers.by_kind(made.layers),
         "fallback": [{"node": m.node, "op": m.op, "actual": m.actual} for m in missed],
         "fell_back": "; ".join(lines) or None,
+        "unseen": [want.node for want in unseen],
         "warnings": warnings,
         "network_layers": made.network_layers,
         "plan_layers": len(made.layers),

@@ -82,7 +82,7 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
         parsed = parser.parse_from_file(str(path))
     parse_s = time.perf_counter() - start
     if not parsed or parser.num_errors:
-        raise _parser_error(trt, parser, heard)
+        raise _parser_error(trt, parser, heard, model)
     _check_network(trt, network, signature)
     config = _config(trt, builder, network, spec)
     cache = _timing_cache(config, spec.timing_cache)
@@ -144,14 +144,21 @@ def precision_flags(trt: Any, precision: str, *, calibrated: bool = False) -> tu
     return ("FP16",) if precision == "fp16" else implicit.FLAGS
 
 
-def inspect(trt: Any, data: bytes) -> tuple[layer_listing.Layer, ...]:
-    """The layers of a plan as its inspector lists them; needs the GPU it was built for. Raises BackendFailed."""
+def inspect(trt: Any, data: bytes, shapes: Profile | None = None) -> tuple[layer_listing.Layer, ...]:
+    """The layers of a plan as its inspector lists them at the best shapes of its first profile; needs the GPU it was built for.
+
+    Without a context at some shapes the inspector of a dynamic plan says 'N/A due to dynamic shapes' for every type (NVIDIA,
+    "Engine Inspector"). Raises BackendFailed.
+    """
     logger, heard = recorder(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BackendFailed(f"{trt.__name__} cannot load the plan it has just built: {heard.first_error() or 'no reason given'}")
     inspector = engine.create_engine_inspector()
+    context = engine.create_execution_context() if shapes else None  # the first context has the first profile
+    if context is not None and all(context.set_input_shape(name, sizes.opt) for name, sizes in (shapes or {}).items()):
+        inspector.execution_context = context
     return layer_listing.from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
@@ -190,8 +197,10 @@ def _check_types(trt: Any, inputs: list[Any], signature: Signature) -> None:
         asked = signature.input(tensor.name).dtype
         try:
             found = np.dtype(trt.nptype(tensor.dtype)).name
-        except TypeError:
-            found = tensor.dtype.name
+        except TypeError as exc:
+            raise BackendFailed(
+                f"input '{tensor.name}' is {asked}, a type that numpy and so the runner lacks", "export it with float32 inputs"
+            ) from exc
         narrowed = (asked, found) == ("int64", "int32")  # TensorRT 8.6 has no int64; its runner converts
         if found != asked and not narrowed:
             raise BackendFailed(
@@ -242,22 +251,22 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profi
 
 
 def _timing_cache(config: Any, data: bytes | None) -> Any | None:
-    """Tactic timings of earlier builds; RTX has the method, but keeps nothing, so it is used where bytes are given."""
-    if data is None or not hasattr(config, "create_timing_cache"):
+    """Tactic timings of earlier builds, where bytes are given. Raises InputError for those of another GPU or version."""
+    if data is None:
         return None
     cache = config.create_timing_cache(data)
-    config.set_timing_cache(cache, False)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError("the timing cache is damaged, or of another GPU or TensorRT", "name a new file, or delete this one")
     return cache
 
 
-def _parser_error(trt: Any, parser: Any, heard: Heard) -> Exception:
+def _parser_error(trt: Any, parser: Any, heard: Heard, model: onnx.ModelProto) -> Exception:
     if parser.num_errors == 0:
         return BackendFailed(f"{trt.__name__} could not parse the graph: {heard.first_error() or 'no reason given'}", _EXPLAIN)
     error = parser.get_error(0)
     code = getattr(error.code(), "name", str(error.code()))
     said = error.desc().strip().removeprefix("Assertion failed: ")
-    operator = error.node_operator() if hasattr(error, "node_operator") else ""
-    name = error.node_name() if hasattr(error, "node_name") else f"number {error.node()}"
+    operator, name = _culprit(error, model)
     where = f"node '{name}' ({operator})" if operator else f"node {name}" if name else "the graph's inputs, outputs or weights"
     if code in _BAD_FILE:
         return ModelError(f"{trt.__name__} cannot read the graph: {said}", "export the model again")
@@ -268,6 +277,17 @@ def _parser_error(trt: Any, parser: Any, heard: Heard) -> Exception:
             "replace the operator, or cut the graph before it with `deploykit export --outputs NAME`",
         )
     return BackendFailed(f"{trt.__name__} refuses {where}: {said}", _remedy(said))
+
+
+def _culprit(error: Any, model: onnx.ModelProto) -> tuple[str, str]:
+    """Operator and name of the node that a parser's error is about, empty where it is about none. TensorRT 8.6 gives its
+    number only."""
+    if hasattr(error, "node_operator") and hasattr(error, "node_name"):
+        return error.node_operator(), error.node_name()
+    number = error.node()
+    if not 0 <= number < len(model.graph.node):
+        return "", ""
+    return model.graph.node[number].op_type, model.graph.node[number].name
 
 
 def _remedy(reason: str) -> str:

@@ -5,6 +5,7 @@ Streams, events and graphs are plain integers, so that the runner (and its test 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -229,6 +230,7 @@ class PyCuda:
         except driver.Error as exc:
             raise MissingBackend(f"CUDA cannot use GPU {ordinal}: {exc}", "needs an NVIDIA GPU and its driver") from exc
         self._context.push()
+        atexit.register(self._context.pop)  # pycuda ends the process with abort() where a context is left on its stack
         self._kept: dict[int, Any] = {}  # pycuda frees what nobody holds
 
     def _keep(self, handle: int, thing: Any) -> int:

@@ -74,34 +74,40 @@ def outcome(build: Callable[[], object]) -> Failure | None:
 
 
 def smallest_failing(
-    path: Path, attempt: Callable[[Path], Failure | None], out: Path, *, limit: int = DEFAULT_LIMIT
+    path: Path,
+    attempt: Callable[[Path], Failure | None],
+    out: Path,
+    *,
+    limit: int = DEFAULT_LIMIT,
+    scratch: Path | None = None,
 ) -> Explained | None:
     """The smallest part of the model at `path` that `attempt` still fails on as it does on the whole; None when the whole
-    builds. `attempt` builds a file in a child process; the part is written to `out`. At most `limit` builds.
+    builds. `attempt` builds a file in a child process; the part is written to `out`. At most `limit` builds; the files they
+    take lie in the folder `scratch` (beside `out` where none is given).
 
     Raises ModelError for a model that cannot be read.
     """
     model = _with_shapes(parser_graph.load(path, guard=False))
-    scratch = out.with_name(f".{out.name}.attempt.onnx")
+    trial = (scratch or out.parent) / f".{out.name}.attempt.onnx"
+    everything = tuple(range(len(model.graph.node)))
     builds = 0
     last: Failure | None = None
 
     def failing(nodes: Sequence[int]) -> bool:
         nonlocal builds, last
-        part = _part(model, nodes)
+        part = _of(model, nodes)
         if part is None:
             return False
         if builds >= limit:
             raise _LimitReached
         builds += 1
-        graph.save(part, scratch)
-        failure = attempt(scratch)
+        graph.save(part, trial)
+        failure = attempt(trial)
         same = failure is not None and (last is None or failure.likeness == last.likeness)
         if same:
             last = failure
         return same
 
-    everything = tuple(range(len(model.graph.node)))
     found, complete = everything, False
     try:
         if not failing(everything):
@@ -112,8 +118,9 @@ def smallest_failing(
     except _LimitReached:
         pass
     finally:
-        scratch.unlink(missing_ok=True)
-    part = _part(model, found)
+        for left in (trial, trial.with_name(trial.name + ".data")):
+            left.unlink(missing_ok=True)
+    part = _of(model, found)
     assert part is not None
     assert last is not None
     graph.save(part, out)
@@ -166,6 +173,11 @@ def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return model  # only parts whose inputs are known already can be cut out
+
+
+def _of(model: onnx.ModelProto, nodes: Sequence[int]) -> onnx.ModelProto | None:
+    """The model itself for all its nodes: its inputs and outputs need no shape that inference finds. Else `_part`."""
+    return model if len(nodes) == len(model.graph.node) else _part(model, nodes)
 
 
 def _part(model: onnx.ModelProto, nodes: Sequence[int]) -> onnx.ModelProto | None:

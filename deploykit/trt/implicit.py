@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit import calibration_table, foreign_cache, trt_cache
+from deploykit import calibration_table, foreign_cache, graph, trt_cache
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError
+from deploykit.trt.layers import QUANTIZED_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -21,20 +22,22 @@ def available(trt: Any) -> bool:
     return hasattr(trt, "IInt8EntropyCalibrator2") and hasattr(trt.BuilderFlag, "INT8")
 
 
-def cache_text(trt: Any, path: Path) -> str:
+def cache_text(trt: Any, path: Path, model: Path | None = None) -> str:
     """The cache at `path` (our JSON table, TensorRT's text or a table of ONNX Runtime's) with the header that this TensorRT
     takes.
 
     TensorRT calibrates anew, without a word, when the header is of another version; so it is written for this one.
-    Raises InputError for a file that is neither.
+    Raises InputError for a file that is neither, StaleCalibration for our table of another model than that at `model`.
     """
     if foreign_cache.is_ours(path):
         table: CalibrationTable = calibration_table.load(path)
+        if model is not None:
+            table.require_match(model_sha256=graph.digest(graph.load(model)))
         return trt_cache.to_text(table, version=trt.__version__)
     if not path.read_bytes().startswith(b"TRT-"):
         return trt_cache.text_of(foreign_cache.read(path).amax, version=trt.__version__)
     _, scales = trt_cache.read(path)
-    lines = path.read_text().replace("\r\n", "\n").split("\n")
+    lines = path.read_bytes().decode().replace("\r\n", "\n").split("\n")
     if not scales:
         raise InputError(f"{path} holds no scales", "calibrate again")
     header = trt_cache.Header(trt_cache.version_number(trt.__version__), "EntropyCalibration2")
@@ -44,7 +47,7 @@ def cache_text(trt: Any, path: Path) -> str:
 def check_names(text: str, model: onnx.ModelProto) -> tuple[str, ...]:
     """Warnings where the cache and the graph name different tensors. Raises InputError when they share none.
 
-    A tensor without a scale stays in float there, without a word from TensorRT.
+    A layer whose input has no scale stays in float there.
     """
     _, scales = trt_cache.from_text(text)
     stored = {t.name for t in model.graph.initializer}
@@ -59,8 +62,12 @@ def check_names(text: str, model: onnx.ModelProto) -> tuple[str, ...]:
     found = []
     if strays := scales.keys() - tensors:
         found.append(f"the cache has scales for {len(strays)} tensors that are not in the graph: {_some(strays)}")
-    if bare := tensors - scales.keys():
-        found.append(f"{len(bare)} tensors of the graph have no scale in the cache and stay in float: {_some(bare)}")
+    read = {node.input[0] for node in model.graph.node if node.op_type in QUANTIZED_OPS and node.input} & tensors
+    if bare := read - scales.keys():
+        found.append(
+            f"{len(bare)} of {len(read)} tensors that convolutions and matrix products read have no scale in the cache; those "
+            f"layers stay in float: {_some(bare)}"
+        )
     return tuple(found)
 
 

@@ -45,6 +45,7 @@ _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: \[(?P<inputs>.*)\], Constants: \[(?P<constants>.*)\], "
     r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<rest>.*)$"
 )
+UNKNOWN = "unknown"
 QUANTIZED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -62,7 +63,7 @@ class Layer:
     @property
     def precision(self) -> str:
         """The type the layer computes in: its first input's, since an INT8 convolution of TensorRT-RTX writes Float."""
-        return (self.inputs or self.outputs or ("unknown",))[0]
+        return (self.inputs or self.outputs or (UNKNOWN,))[0]
 
 
 def from_listing(text: str) -> tuple[Layer, ...]:
@@ -87,19 +88,23 @@ def from_listing(text: str) -> tuple[Layer, ...]:
 def from_inspector(text: str) -> tuple[Layer, ...]:
     """The layers in the JSON of `IEngineInspector.get_engine_information` (needs a deserialized engine, so a GPU).
 
-    The inspector writes 'Format/Datatype' beside each tensor ('Row major linear FP16 format'), without DETAILED
-    verbosity only names: those layers are left out, since nothing is known of them.
+    The inspector writes 'Format/Datatype' beside each tensor ('Row major linear FP16 format'), or 'N/A due to dynamic
+    shapes': then the type of the layer's weights tells what it computes in, else it is 'unknown'. Without DETAILED
+    verbosity there are only names: those layers are left out, since nothing is known of them.
     """
     found = []
     for row in json.loads(text).get("Layers", []):
         if not isinstance(row, dict):
             continue
         kind = str(row.get("LayerType", "unknown"))
+        weights = row.get("Weights")
+        held = _inspected({"Datatype": weights.get("Type", "")}) if isinstance(weights, dict) else UNKNOWN
+        inputs = [_inspected(t) for t in row.get("Inputs", [])]
         found.append(
             Layer(
                 str(row.get("Name", "")),
                 _KINDS.get(kind.lower(), kind.lower()),
-                tuple(_inspected(t) for t in row.get("Inputs", [])),
+                tuple(held if name == UNKNOWN else name for name in inputs),
                 tuple(_inspected(t) for t in row.get("Outputs", [])),
                 tuple(_ONNX.findall(str(row.get("Metadata", "")))),
             )
@@ -109,10 +114,19 @@ def from_inspector(text: str) -> tuple[Layer, ...]:
 
 def _inspected(tensor: Mapping[str, Any]) -> str:
     said = str(tensor.get("Format/Datatype", tensor.get("Datatype", ""))).upper()
-    for word, name in (("INT8", "Int8"), ("FP16", "Half"), ("HALF", "Half"), ("BF16", "BFloat16"), ("FP8", "FP8")):
+    for word, name in (
+        ("INT8", "Int8"),
+        ("FP16", "Half"),
+        ("HALF", "Half"),
+        ("BF16", "BFloat16"),
+        ("BFLOAT16", "BFloat16"),
+        ("FP8", "FP8"),
+    ):
         if word in said:
             return name
-    return "Float" if "FP32" in said or "FLOAT" in said else said.title() or "unknown"
+    if not said or said.startswith("N/A"):
+        return UNKNOWN
+    return "Float" if "FP32" in said or "FLOAT" in said else said.title()
 
 
 def by_kind(layers: Iterable[Layer]) -> dict[str, dict[str, int]]:
@@ -139,11 +153,8 @@ def asked(model: onnx.ModelProto) -> tuple[Asked, ...]:
 
     Int8 when a DequantizeLinear feeds its data or its weight; else Half where its weight is float16, else Float.
     """
-    import onnx
-
-    maker = {output: node for node in model.graph.node for output in node.output}
-    types = {t.name: t.data_type for t in model.graph.initializer}
-    types.update({v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.input]})
+    maker = {output: node for node in model.graph.node for output in node.output if output}
+    half = _Half(model, maker)
 
     def source(name: str) -> onnx.NodeProto | None:
         node = maker.get(name)
@@ -152,25 +163,54 @@ def asked(model: onnx.ModelProto) -> tuple[Asked, ...]:
             node = maker.get(name)
         return node
 
-    def half(name: str) -> bool:
-        node = maker.get(name)
-        if node is not None and node.op_type == "Cast":
-            return any(a.name == "to" and a.i == onnx.TensorProto.FLOAT16 for a in node.attribute)
-        if node is not None and node.op_type == "Constant":
-            return any(a.HasField("t") and a.t.data_type == onnx.TensorProto.FLOAT16 for a in node.attribute)
-        if name not in types and node is not None and node.input:
-            return half(node.input[0])
-        return types.get(name) == onnx.TensorProto.FLOAT16
-
     found = []
     for node in model.graph.node:
         if node.op_type not in QUANTIZED_OPS:
             continue
         feeders = [source(name) for name in node.input[:2]]
         quantized = any(f is not None and f.op_type == "DequantizeLinear" for f in feeders)
-        precision = "Int8" if quantized else "Half" if any(half(name) for name in node.input[:2]) else "Float"
+        precision = "Int8" if quantized else "Half" if any(half.holds(name) for name in node.input[:2]) else "Float"
         found.append(Asked(node.name, node.op_type, precision))
     return tuple(found)
+
+
+class _Half:
+    """Which tensors are float16: by their recorded type, else by what their makers say, else by what those read."""
+
+    def __init__(self, model: onnx.ModelProto, maker: Mapping[str, onnx.NodeProto]) -> None:
+        import onnx
+
+        self._float16 = onnx.TensorProto.FLOAT16
+        self._maker = maker
+        types = {t.name: t.data_type for t in model.graph.initializer}
+        types.update({v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.input]})
+        self._known: dict[str, bool] = {name: kind == self._float16 for name, kind in types.items()}
+
+    def holds(self, name: str) -> bool:
+        """Whether the tensor is float16. A walk, not a recursion: graphs without recorded types are thousands of nodes deep."""
+        trail = []
+        while name not in self._known:
+            trail.append(name)
+            node = self._maker.get(name)
+            told = self._told(node)
+            if told is not None:
+                self._known[name] = told
+            else:
+                assert node is not None
+                name = node.input[1 if node.op_type in ("DequantizeLinear", "Where") and len(node.input) > 1 else 0]
+        for passed in trail:
+            self._known[passed] = self._known[name]
+        return self._known[name]
+
+    def _told(self, node: onnx.NodeProto | None) -> bool | None:
+        """What the maker itself says of its output's type; None where it has its input's."""
+        if node is None or (not node.input and node.op_type != "Constant"):
+            return False
+        if node.op_type == "Cast":
+            return any(a.name == "to" and a.i == self._float16 for a in node.attribute)
+        if node.op_type == "Constant":
+            return any(a.HasField("t") and a.t.data_type == self._float16 for a in node.attribute)
+        return None
 
 
 @dataclass(frozen=True)
@@ -185,19 +225,31 @@ class Shortfall:
 def shortfalls(wanted: Iterable[Asked], layers: Iterable[Layer]) -> tuple[Shortfall, ...]:
     """The nodes that asked for Int8 and whose layer computes in another type, in graph order.
 
-    A node without a layer of its own (folded, or fused into one that names no nodes) is not reported: nothing is known.
+    A node of which the listing tells nothing is not among them: see `unseen`.
     """
-    actual: dict[str, tuple[bool, str]] = {}
-    for layer in layers:
-        heavy = layer.kind in _HEAVY or layer.kind == "fusion"
-        for node in layer.onnx_nodes:
-            if node not in actual or (heavy and not actual[node][0]):
-                actual[node] = (heavy, layer.precision)
+    actual = _computing(layers)
     return tuple(
-        Shortfall(want.node, want.op, actual[want.node][1])
+        Shortfall(want.node, want.op, actual[want.node])
         for want in wanted
-        if want.precision == "Int8" and want.node in actual and actual[want.node] != (True, "Int8") and actual[want.node][0]
+        if want.precision == "Int8" and actual.get(want.node, "Int8") != "Int8"
     )
+
+
+def unseen(wanted: Iterable[Asked], layers: Iterable[Layer]) -> tuple[Asked, ...]:
+    """The nodes that asked for Int8 and of which the listing does not tell what they run in: folded, fused into a layer that
+    names no nodes or does other work too, or of unknown type."""
+    actual = _computing(layers)
+    return tuple(want for want in wanted if want.precision == "Int8" and want.node not in actual)
+
+
+def _computing(layers: Iterable[Layer]) -> dict[str, str]:
+    """Node -> the type that the first layer computes in which does the node's own work and says its type."""
+    actual: dict[str, str] = {}
+    for layer in layers:
+        if (layer.kind in _HEAVY or layer.kind == "fusion") and layer.precision != UNKNOWN:
+            for node in layer.onnx_nodes:
+                actual.setdefault(node, layer.precision)
+    return actual
 
 
 def requested(wanted: Iterable[Asked]) -> dict[str, dict[str, int]]:

@@ -127,7 +127,7 @@ class LoadedPlan:
             runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._cache_path is not None:
                 self._cache = runtime_config.create_runtime_cache()
-                self._cached = self._cache_path.read_bytes() if self._cache_path.is_file() else b""
+                self._cached = self._read_runtime_cache(self._cache_path)
                 if self._cached and not self._cache.deserialize(self._cached):
                     self.notes.append("runtime cache: made for another GPU, driver or version; made anew")
                     self._cached = b""
@@ -138,6 +138,14 @@ class LoadedPlan:
         if context is None:
             raise self._refused("an execution context")
         return context
+
+    def _read_runtime_cache(self, path: Path) -> bytes:
+        """The kernels that an earlier process has kept; none where they cannot be read."""
+        try:
+            return path.read_bytes() if path.is_file() else b""
+        except OSError as exc:
+            self.notes.append(f"runtime cache: not read ({exc})")
+            return b""
 
     def _choose_profile(self) -> None:
         """The profile that takes the opened shapes and whose best shape is nearest; then the shapes themselves."""

@@ -70,6 +70,8 @@ def recorder(trt: Any) -> tuple[Any, Heard]:
                 self.heard.hear(severity.name, message)
 
         _recorders[trt.ILogger] = Recorder()
+        if hasattr(trt, "init_libnvinfer_plugins"):  # the parser makes InstanceNormalization and others of TensorRT's own plugins
+            trt.init_libnvinfer_plugins(_recorders[trt.ILogger], "")
     logger = _recorders[trt.ILogger]
     logger.heard = Heard()
     return logger, logger.heard

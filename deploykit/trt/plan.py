@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from deploykit.trt.layers import Shortfall
+from deploykit.trt.layers import Asked, Shortfall
 
 # Compute capability -> what people call it (NVIDIA's CUDA GPUs page).
 GENERATIONS = {
@@ -43,13 +43,15 @@ def expectations(precision: str, target: str, backend: str = "tensorrt-rtx") -> 
             lines.append(RTX_TURING_FP32 + ": the build will be refused")
     elif rtx and precision in ("int8", "mixed"):
         lines.append(RTX_INT8_POINTWISE)
+    if not rtx and precision == "fp32" and target != "sm75":
+        lines.append("TensorRT lets FP32 convolutions and matrix products of sm80 and later run in TF32, by default")
     if rtx:
         lines.append(f"this plan runs on {target} only: each GPU generation gets a plan of its own")
         lines.append(UNVALIDATED)
     else:
         lines.append("this plan runs on the GPU model and with the TensorRT version it was built with, and no other")
     if precision in ("int8", "mixed"):
-        lines.append("accuracy printed beside it is predicted: the same Q/DQ graph run on the CPU, not this engine on a GPU")
+        lines.append("its accuracy is not measured here: `deploykit run` predicts it, by running the same Q/DQ graph on the CPU")
     return lines
 
 
@@ -64,6 +66,15 @@ def shortfall_lines(missed: Iterable[Shortfall], wanted: Mapping[str, Mapping[st
         shown = ", ".join(nodes[:3]) + (", ..." if len(nodes) > 3 else "")
         lines.append(f"{len(nodes)} of {total} {op} that asked for Int8 run in {actual}: {shown}")
     return lines
+
+
+def unseen_line(unseen: Iterable[Asked]) -> list[str]:
+    """One warning for what asked for INT8 and of which the builder does not tell what it runs in; none where it tells of all."""
+    nodes = [want.node for want in unseen]
+    if not nodes:
+        return []
+    shown = ", ".join(nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+    return [f"{len(nodes)} that asked for Int8 have no layer of their own in the builder's listing, so what they run in is not known: {shown}"]  # fmt: skip
 
 
 def layers_line(wanted: Mapping[str, Mapping[str, int]], running: Mapping[str, Mapping[str, int]]) -> str:

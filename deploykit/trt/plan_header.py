@@ -40,6 +40,8 @@ def read(path: Path) -> PlanHeader:
         raise InputError(f"there is no engine {path}", "check the path") from exc
     except IsADirectoryError as exc:
         raise InputError(f"{path} is a folder, not an engine", "name the engine file in it") from exc
+    except OSError as exc:
+        raise InputError(f"cannot read the engine {path}: {exc.strerror}", "check the path and who may read it") from exc
     if data[:4] != MAGIC:
         found = "an ONNX file" if path.suffix == ".onnx" else "perhaps full TensorRT's" if data[1:4] == b"trt" else "not known"
         raise InputError(f"{path.name} is no TensorRT-RTX plan: it starts with {data[:4]!r}, {found}", _REBUILD)

@@ -62,7 +62,7 @@ def _range(signature: Signature, spec: TensorSpec, batch: tuple[int, int, int], 
             trios.append((known.min[axis], known.opt[axis], known.max[axis]))
         else:
             # `shapes` raises with the option to give; its own example fits this input
-            signature.shapes(1)
+            signature.shapes(signature.fixed_batch or 1)
             raise AssertionError("a free axis without a range passed Signature.shapes")
     return ShapeRange(tuple(t[0] for t in trios), tuple(t[1] for t in trios), tuple(t[2] for t in trios))
 

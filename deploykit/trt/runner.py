@@ -116,7 +116,7 @@ class EngineSession:
             floats = np.issubdtype(dtype, np.floating)
             feeds[spec.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
         middle = timing.median(self.split(feeds))
-        return (timing.words(middle), *timing.warnings(middle, captured=self._plan.captured))
+        return (timing.words(middle), timing.TIMED, *timing.warnings(middle, captured=self._plan.captured))
 
     def _desk(self, feeds: Feeds) -> tuple[dict[str, Bytes], dict[str, Bytes]]:
         """The session's own pinned buffers, for runs whose outputs are copied on: pinning takes longer than a run."""
@@ -188,7 +188,8 @@ def _actual(engine: Artifact) -> tuple[str, tuple[str, ...]]:
     asked = sum(row.get("Int8", 0) for row in (engine.facts.get("requested") or {}).values())
     if not fallback:
         return engine.precision, ()
-    note = f"{len(fallback)} of {asked} layers that asked for INT8 run in {fallback[0]['actual']}"
+    kinds = sorted({str(row["actual"]) for row in fallback})
+    note = f"{len(fallback)} of {asked} layers that asked for INT8 run in {' and '.join(kinds)}"
     convolutions = (engine.facts.get("layers") or {}).get("convolution", {})
-    only_half = len(fallback) >= asked or (convolutions and "Int8" not in convolutions)
-    return ("fp16" if only_half else engine.precision), (note,)
+    none_left = len(fallback) >= asked or (convolutions and "Int8" not in convolutions)
+    return (("fp32" if kinds == ["Float"] else "fp16") if none_left else engine.precision), (note,)

@@ -12,6 +12,7 @@ from tiny_models import conv_net
 from trt_graphs import artifact, qdq_conv, to_half
 
 from deploykit import backends
+from deploykit.backends import tensorrt_full
 from deploykit.errors import BackendFailed, InputError, MissingBackend, UnknownName
 from deploykit.session import BuildRequest, OpenRequest
 from deploykit.trt import builder, gpu
@@ -72,6 +73,15 @@ def test_int8_needs_qdq_or_a_calibration_cache_where_calibrators_are_left(tmp_pa
         BACKEND.build(float_graph, BuildRequest("int8", "sm75", options={"calibration": str(cache)}), tmp_path)
     made = BACKEND.build(artifact(qdq_conv(tmp_path / "q.onnx"), "int8"), BuildRequest("int8", "sm75"), tmp_path)
     assert made.facts["requested"] == {"Conv": {"Int8": 1}}
+
+
+@pytest.mark.usefixtures("eleven")
+def test_what_does_not_match_in_a_cache_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_full, "_calibration", lambda *_: (None, ("the cache has scales for strangers",)))
+    path = to_half(conv_net(tmp_path / "f.onnx"), tmp_path / "h.onnx")
+    made = BACKEND.build(artifact(path, "fp16"), BuildRequest("fp16", "sm75", (1, 4)), tmp_path)
+    for kind in ("warnings", "notes"):  # the notes are what the commands print
+        assert "the cache has scales for strangers" in made.facts[kind]
 
 
 @pytest.mark.parametrize("start", [b"vtrt plan of RTX", b""])

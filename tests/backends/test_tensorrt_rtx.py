@@ -225,6 +225,12 @@ def test_a_foreign_or_damaged_plan_is_named_before_a_gpu_is_asked_for(engine: Ar
     assert caught.value.remedy
 
 
+def test_an_engine_that_cannot_be_read_is_named(engine: Artifact) -> None:
+    within = dataclasses.replace(engine, path=engine.path / "engine")  # a file in the place of a folder
+    with pytest.raises(InputError, match="cannot read the engine"):
+        BACKEND.open(within, OpenRequest("fp16", 1, 1))
+
+
 def test_where_a_model_lies_does_not_change_its_plan(tmp_path: Path) -> None:
     digests = []
     for folder in (tmp_path / "a", tmp_path / "b"):

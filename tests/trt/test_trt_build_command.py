@@ -117,7 +117,7 @@ def test_a_crash_within_its_limits_stays_a_crash() -> None:
         limited.run("build", os._exit, 7, limits=Limits(60.0, 1 << 30))
 
 
-@pytest.mark.parametrize("limits", [(0.0, None), (-1.0, None), (1.0, 0)])
+@pytest.mark.parametrize("limits", [(0.0, None), (-1.0, None), (float("nan"), None), (float("inf"), None), (1.0, 0)])
 def test_a_limit_must_be_positive(limits: tuple[float, int | None]) -> None:
     with pytest.raises(InputError, match="positive"):
         Limits(*limits)

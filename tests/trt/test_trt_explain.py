@@ -70,6 +70,39 @@ def test_a_model_that_builds_has_nothing_to_explain(tmp_path: Path) -> None:
     assert not (tmp_path / "part.onnx").exists()
 
 
+def test_a_model_of_unknown_shapes_is_looked_at_too(tmp_path: Path) -> None:
+    """Its output has an axis that nothing tells of: the whole is tried as it is."""
+    model = onnx.load(str(_chain(tmp_path / "m.onnx", 4, [])))
+    model.graph.node.insert(0, helper.make_node("Relu", ["x"], ["n"], name="nothing"))
+    custom = helper.make_node("Mystery", [model.graph.node[-1].output[0]], ["y"], name="strange", domain="nobody")
+    model.graph.node.append(custom)
+    model.opset_import.append(helper.make_opsetid("nobody", 1))
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 4]))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+
+    def attempt(path: Path) -> explain.Failure | None:
+        names = {node.name for node in onnx.load(str(path)).graph.node}
+        return explain.Failure("refusal", "no such operator") if "strange" in names else None
+
+    found = explain.smallest_failing(tmp_path / "m.onnx", attempt, tmp_path / "part.onnx")
+    assert found is not None
+    assert "strange" in {name for name, _ in found.nodes}
+
+
+def test_what_attempts_write_lies_in_their_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    seen: list[Path] = []
+
+    def attempt(path: Path) -> explain.Failure:
+        seen.append(path.parent)
+        return explain.Failure("refusal", "no")
+
+    explain.smallest_failing(_chain(tmp_path / "m.onnx", 3, []), attempt, tmp_path / "part.onnx", scratch=tmp_path / "scratch")
+    assert set(seen) == {tmp_path / "scratch"}
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_at_the_limit_what_was_found_so_far_is_told(tmp_path: Path) -> None:
     path = _chain(tmp_path / "m.onnx", 16, [])
     found = explain.smallest_failing(path, _fails_with({"n7"}), tmp_path / "part.onnx", limit=4)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import onnx
 import pytest
 from tiny_models import conv_net
 
+from deploykit import graph
 from deploykit.calibration_table import CalibrationTable, Range
-from deploykit.errors import InputError
+from deploykit.errors import InputError, StaleCalibration
 from deploykit.trt import implicit
 
 TRT86 = SimpleNamespace(__version__="8.6.1")
@@ -39,15 +41,26 @@ def test_a_cache_without_scales_and_a_newer_tensorrt_are_refused(tmp_path: Path)
         implicit.cache_text(SimpleNamespace(__version__="11.4.0.106"), full)
 
 
+def test_our_table_of_another_model_is_refused_and_its_own_serves(tmp_path: Path) -> None:
+    path = conv_net(tmp_path / "m.onnx")
+    ours = _table(["x"])
+    ours.save(tmp_path / "other.json")
+    with pytest.raises(StaleCalibration):
+        implicit.cache_text(TRT86, tmp_path / "other.json", path)
+    replace(ours, model_sha256=graph.digest(graph.load(path))).save(tmp_path / "own.json")
+    assert "x: " in implicit.cache_text(TRT86, tmp_path / "own.json", path)
+
+
 def test_names_are_held_against_the_graph(tmp_path: Path) -> None:
     model = onnx.load(str(conv_net(tmp_path / "m.onnx")))
     every = ["x", *(name for node in model.graph.node for name in node.output)]
     _table(every).save(tmp_path / "all.json")
     assert implicit.check_names(implicit.cache_text(TRT86, tmp_path / "all.json"), model) == ()
-    _table([*every[:-1], "elsewhere"]).save(tmp_path / "some.json")
+    _table([*every[1:], "elsewhere"]).save(tmp_path / "some.json")
     strays, bare = implicit.check_names(implicit.cache_text(TRT86, tmp_path / "some.json"), model)
     assert "elsewhere" in strays
-    assert "logits" in bare
+    assert bare.startswith("1 of 3 tensors that convolutions and matrix products read")
+    assert bare.endswith(": x")
     _table(["elsewhere"]).save(tmp_path / "none.json")
     with pytest.raises(InputError, match="none is in the graph"):
         implicit.check_names(implicit.cache_text(TRT86, tmp_path / "none.json"), model)

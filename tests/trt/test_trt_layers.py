@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from trt_graphs import qdq_conv
 
-from deploykit.trt import layers, plan
+from deploykit.signature import ShapeRange
+from deploykit.trt import builder, layers, plan
 
 LISTING = """Layers:
 Name: __mye0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, Metadata:
@@ -37,6 +39,73 @@ def test_inspector_json_of_full_tensorrt() -> None:
     (layer,) = layers.from_inspector(text)
     assert (layer.kind, layer.precision, layer.outputs) == ("convolution", "Int8", ("Half",))
     assert layer.onnx_nodes == ("conv1", "relu1")
+
+
+def _row(name: str, datatype: str, weights: str) -> str:
+    return (
+        f'{{"Name": "{name}", "LayerType": "CaskConvolution", "Inputs": [{{"Name": "x", "Format/Datatype": "{datatype}"}}], '
+        f'"Outputs": [], "Weights": {weights}, "Metadata": "[ONNX Layer: {name}]"}}'
+    )
+
+
+def test_a_dynamic_plans_layers_are_told_by_their_weights_else_unseen() -> None:
+    """Without shapes the inspector says 'N/A due to dynamic shapes' for every tensor: no reason to call INT8 a fallback."""
+    rows = [
+        _row("a", "N/A due to dynamic shapes", '{"Type": "Int8", "Count": 9}'),
+        _row("b", "N/A due to dynamic shapes", '{"Type": "Half", "Count": 9}'),
+        _row("c", "N/A due to dynamic shapes", "{}"),
+    ]
+    found = layers.from_inspector(f'{{"Layers": [{", ".join(rows)}]}}')
+    assert [layer.precision for layer in found] == ["Int8", "Half", "unknown"]
+    wanted = tuple(layers.Asked(name, "Conv", "Int8") for name in "abcd")
+    assert [short.node for short in layers.shortfalls(wanted, found)] == ["b"]
+    assert [want.node for want in layers.unseen(wanted, found)] == ["c", "d"]
+    (line,) = plan.unseen_line(layers.unseen(wanted, found))
+    assert "not known: c, d" in line
+    assert plan.unseen_line(()) == []
+
+
+class _Inspected:
+    """A TensorRT module with one plan, whose inspector tells types only where it has a context with shapes."""
+
+    __name__ = "double"
+    ILogger = type("ILogger", (), {"__init__": lambda self: None})
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def Runtime(self, _: object) -> _Inspected:
+        return self
+
+    def deserialize_cuda_engine(self, _: bytes) -> _Inspected:
+        return self
+
+    def create_engine_inspector(self) -> _Inspected:
+        self.execution_context: SimpleNamespace | None = None
+        return self
+
+    def create_execution_context(self) -> SimpleNamespace:
+        made = SimpleNamespace(shapes={})
+        made.set_input_shape = lambda name, shape: made.shapes.update({name: shape}) or True
+        return made
+
+    def get_engine_information(self, _: str) -> str:
+        told = self.execution_context is not None and self.execution_context.shapes == {"x": (8, 3)}
+        return f'{{"Layers": [{_row("a", "Row major Int8 format" if told else "N/A due to dynamic shapes", "{}")}]}}'
+
+
+def test_the_inspector_gets_a_context_at_the_plans_best_shapes() -> None:
+    wanted = {"x": ShapeRange((1, 3), (8, 3), (32, 3))}
+    assert [layer.precision for layer in builder.inspect(_Inspected(), b"plan", wanted)] == ["Int8"]
+    assert [layer.precision for layer in builder.inspect(_Inspected(), b"plan")] == ["unknown"]
+
+
+def test_graphs_deeper_than_pythons_recursion_are_read(tmp_path: Path) -> None:
+    """As the FP16 writer leaves them: no types recorded between the nodes."""
+    h, depth = onnx.helper, 3000
+    nodes = [h.make_node("Cast", ["x"], ["t0"], to=onnx.TensorProto.FLOAT16)]
+    nodes += [h.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(depth)]
+    nodes.append(h.make_node("MatMul", [f"t{depth}", f"t{depth}"], ["y"], name="last"))
+    model = h.make_model(h.make_graph(nodes, "deep", [h.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 2])], []))
+    assert layers.asked(model) == (layers.Asked("last", "MatMul", "Half"),)
 
 
 def test_asked_reads_int8_from_the_graph(tmp_path: Path) -> None:

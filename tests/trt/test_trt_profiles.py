@@ -63,5 +63,11 @@ def test_shapes_that_cannot_be_are_named(
         profiles.for_batches(signature, batches, shapes)
 
 
+def test_a_fixed_batch_does_not_hide_the_axis_that_has_no_range() -> None:
+    sizes = Signature((TensorSpec("x", "float32", (4, 3, "h", "w")),), (TensorSpec("y", "float32", (4, 4)),))
+    with pytest.raises(InputError, match="dynamic axis 'h'"):
+        profiles.for_batches(sizes, (4,))
+
+
 def test_a_static_graph_has_no_profile() -> None:
     assert profiles.for_batches(FIXED, (1, 4)) == ()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import cuda_double
 import numpy as np
@@ -240,11 +241,12 @@ def test_precision_is_what_the_layers_run_in(tmp_path: Path) -> None:
         ([], {"Int8": 2}, "int8"),
         ([row], {"Half": 1, "Int8": 1}, "int8"),
         ([row, row], {"Half": 2}, "fp16"),
+        ([{**row, "actual": "Float"}] * 2, {"Float": 2}, "fp32"),
     ):
         facts = {"fallback": fallback, "requested": requested, "layers": {"convolution": convolutions}}
         session = _open(tmp_path, Double(), precision="int8", facts=facts)
         assert session.precision == expected
-        assert any("asked for INT8 run in Half" in note for note in session.notes) is bool(fallback)
+        assert any("asked for INT8 run in" in note for note in session.notes) is bool(fallback)
 
 
 def test_the_double_punishes_memory_given_back_too_early() -> None:
@@ -263,6 +265,27 @@ def test_adapters_are_named_and_a_machine_without_a_driver_is_told() -> None:
     if not gpu.found():
         with pytest.raises(MissingBackend):
             device.open_device()
+
+
+def test_pycudas_context_is_taken_off_its_stack_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pycuda aborts the process where a context is left."""
+    stack: list[str] = []
+    at_exit: list[object] = []
+    context = SimpleNamespace(push=lambda: stack.append("primary"), pop=stack.pop)
+    driver = ModuleType("pycuda.driver")
+    driver.__dict__.update(
+        init=lambda: None, Error=RuntimeError, Device=lambda _: SimpleNamespace(retain_primary_context=lambda: context)
+    )
+    package = ModuleType("pycuda")
+    package.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    monkeypatch.setattr(device.atexit, "register", at_exit.append)
+    device.PyCuda()
+    assert stack == ["primary"]
+    for call in at_exit:
+        call()  # type: ignore[operator]
+    assert stack == []
 
 
 def test_every_cuda_function_the_adapter_calls_exists_in_cuda_python() -> None:

@@ -214,7 +214,7 @@ class Graph:
             return None
         axis = attribute(node, "axis", 1)
         if scale.ndim == 1 and scale.size > 1:
-            if source.ndim == 0 or source.shape[axis] != scale.size:
+            if not -source.ndim <= axis < source.ndim or source.shape[axis] != scale.size:
                 return None
             shape = [1] * source.ndim
             shape[axis] = -1
@@ -226,12 +226,24 @@ class Graph:
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor is stored, or computed from stored tensors alone."""
-        if name in self.tensors or not name:
-            return True
-        node = self.producer.get(name)
-        return (
-            node is not None and bool(node.output) and all(self.is_constant(i) for i in node.input) and not any(subgraphs(node))
-        )
+        return not name or name in self._constants or name in self.tensors
+
+    @cached_property
+    def _constants(self) -> set[str]:
+        """The tensors computed from stored ones alone. Pass by pass: a recursion from a deep graph's end up to its input would
+        be deeper than Python allows."""
+        found = set(self.tensors)
+        waiting = [node for node in self.nodes if not any(subgraphs(node))]
+        while True:
+            left = []
+            for node in waiting:
+                if all(not name or name in found for name in node.input):
+                    found.update(name for name in node.output if name)
+                else:
+                    left.append(node)
+            if len(left) == len(waiting):
+                return found
+            waiting = left
 
     def shapes(self, batch: int | None = None, ranges: Mapping[str, ShapeRange] | None = None) -> dict[str, Shape]:
         """Inferred shape of each tensor, with the batch's symbol set to `batch` and the axes in `ranges` to their `opt`.

@@ -128,7 +128,7 @@ def _shift_stored(graph: Graph) -> list[str]:
 def _without_zero(node: onnx.NodeProto, values: Array, zero: Array) -> Array | None:
     if zero.size > 1:
         axis = attribute(node, "axis", 1)
-        if zero.ndim != 1 or values.shape[axis] != zero.size:
+        if zero.ndim != 1 or not -values.ndim <= axis < values.ndim or values.shape[axis] != zero.size:
             return None
         zero = zero.reshape([-1 if i == axis % values.ndim else 1 for i in range(values.ndim)])
     shifted: Array = values.astype(np.int32) - zero.astype(np.int32)
@@ -164,6 +164,8 @@ def _is_offset_uint8(graph: Graph, node: onnx.NodeProto) -> bool:
 
 def _zero_scales(graph: Graph) -> list[str]:
     """A zero scale over a channel of zeros becomes positive."""
+    import onnx
+
     done = []
     for node in _main(graph, "DequantizeLinear"):
         values, scale = graph.array(node.input[0]), graph.array(node.input[1])
@@ -171,18 +173,17 @@ def _zero_scales(graph: Graph) -> list[str]:
             continue
         zero = graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(scale.shape, np.int32)
         shifted = None if zero is None else _without_zero(node, values, zero)
-        if shifted is None:
+        axis = attribute(node, "axis", 1)
+        fits = scale.size == 1 or (-values.ndim <= axis < values.ndim and values.shape[axis] == scale.size)
+        if shifted is None or not fits:
             continue
-        rows = (
-            shifted.reshape(1, -1)
-            if scale.size == 1
-            else np.moveaxis(shifted, attribute(node, "axis", 1), 0).reshape(scale.size, -1)
-        )
+        rows = shifted.reshape(1, -1) if scale.size == 1 else np.moveaxis(shifted, axis, 0).reshape(scale.size, -1)
         empty = (scale.reshape(-1) == 0) & ~np.any(rows, axis=1)
         if not empty.any():
             continue
         positive = np.where(empty.reshape(scale.shape), np.asarray(_SPARE_SCALE, scale.dtype), scale)
-        node.input[1] = _add(graph, f"{node.input[1]}_positive", positive, graph.tensors[node.input[1]].data_type)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(scale.dtype)
+        node.input[1] = _add(graph, f"{node.input[1]}_positive", positive, kind)
         done.append(f"DK105: '{label(node)}' has a positive scale on {int(empty.sum())} channels of zeros")
     return done
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.stages.checks.codes import Hit
-from deploykit.stages.checks.context import Graph, attribute, label
+from deploykit.stages.checks.context import Array, Graph, attribute, label
 from deploykit.stages.checks.quantized import DYNAMIC, INTEGER_OPS
 from deploykit.stages.checks.weights import WEIGHTED, channel_axis
 
@@ -20,13 +20,20 @@ if TYPE_CHECKING:
     import onnx
 
 FP16_NORMAL = 6.1e-5  # the smallest normal FP16 value is 6.104e-5
+# Seen in 1.7.1: a scale or zero point that comes to it through these is folded; a computed one crashes the builder.
+_FOLDED = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
+# Seen in 1.7.1: the layer behind these still runs in Int8 where their input is dequantized. Not through Relu, Resize, AveragePool.
+_MOVES = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "MaxPool", "Concat")
 ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "HardSigmoid", "HardSwish", "Sigmoid", "Tanh", "Elu", "Selu")
 
 
 def find(graph: Graph, target: str) -> Iterator[Hit]:
-    """Every rule that the graph breaks, as hits on `target` (tensorrt or tensorrt-rtx)."""
+    """Every rule that the graph breaks, as hits on `target` (tensorrt or tensorrt-rtx). Nodes that lack an input are left to
+    onnx.checker."""
     half = _has_half(graph)
     for node in graph.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", *WEIGHTED) and len(node.input) < 2:
+            continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for code, detail in _linear(graph, node, half=half):
                 yield Hit(code, label(node), detail, target)
@@ -49,7 +56,10 @@ def quantized_type(graph: Graph, node: onnx.NodeProto) -> int:
 
     if len(node.input) > 2 and node.input[2]:
         zero = graph.tensors.get(node.input[2])
-        return zero.data_type if zero is not None else 0
+        if zero is not None:
+            return zero.data_type
+        found = _folded(graph, node.input[2])
+        return onnx.helper.np_dtype_to_tensor_dtype(found.dtype) if found is not None else 0
     if node.op_type == "QuantizeLinear":
         return int(attribute(node, "output_dtype", 0)) or onnx.TensorProto.UINT8
     stored = graph.tensors.get(node.input[0])
@@ -71,11 +81,12 @@ def _linear(graph: Graph, node: onnx.NodeProto, *, half: bool) -> Iterator[tuple
     """What is against one Q or DQ node by itself."""
     import onnx
 
-    kind = onnx.TensorProto.DataType.Name(quantized_type(graph, node)).lower()
+    types, number = onnx.TensorProto.DataType, quantized_type(graph, node)
+    kind = types.Name(number).lower() if number in types.values() else "unknown"
     stored = graph.is_constant(node.input[0])
     has_zero = len(node.input) > 2 and bool(node.input[2])
-    scale = graph.array(node.input[1])
-    zero = graph.array(node.input[2]) if has_zero else np.zeros(1, np.int8)
+    scale = _folded(graph, node.input[1])
+    zero = _folded(graph, node.input[2]) if has_zero else np.zeros(1, np.int8)
     if scale is None or zero is None:
         yield "DK108", f"takes its {'scale' if scale is None else 'zero point'} from '{node.input[1 if scale is None else 2]}'"
         return
@@ -90,6 +101,24 @@ def _linear(graph: Graph, node: onnx.NodeProto, *, half: bool) -> Iterator[tuple
     elif kind == "uint8":
         yield "DK103", "is uint8" + ("" if has_zero else ", ONNX's default without a zero point")
     yield from _scales(node, np.asarray(scale, np.float64), stored=stored, half=half)
+
+
+def _folded(graph: Graph, name: str) -> Array | None:
+    """The values (their shape aside) of a tensor that is stored, or comes from a stored one through what the parser folds; None
+    for a computed one."""
+    import onnx
+
+    casts = []
+    while (found := graph.array(name)) is None:
+        node = graph.producer.get(name)
+        if node is None or node.op_type not in _FOLDED or not all(graph.is_constant(i) for i in node.input):
+            return None
+        if node.op_type == "Cast":
+            casts.append(int(attribute(node, "to", 0)))
+        name = node.input[0]
+    for to in reversed(casts):
+        found = found.astype(onnx.helper.tensor_dtype_to_np_dtype(to))
+    return found
 
 
 def _scales(node: onnx.NodeProto, scale: np.ndarray, *, stored: bool, half: bool) -> Iterator[tuple[str, str]]:
@@ -113,16 +142,34 @@ def _dequantizer(graph: Graph, name: str) -> tuple[onnx.NodeProto | None, list[i
     return (node, perm) if node is not None and node.op_type == "DequantizeLinear" else (None, None)
 
 
+def _is_dequantized(graph: Graph, name: str) -> bool:
+    """Whether a tensor comes from DequantizeLinear alone, perhaps through nodes that only move values."""
+    waiting, seen = [name], set()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        node = graph.producer.get(current)
+        if node is None or not node.input:
+            return False
+        if node.op_type in _MOVES:
+            waiting += node.input if node.op_type == "Concat" else node.input[:1]
+        elif node.op_type != "DequantizeLinear":
+            return False
+    return True
+
+
 def _operands(graph: Graph, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
     """The axis of the weight's scales, and whether both operands are quantized."""
-    activation, _ = _dequantizer(graph, node.input[0])
     weight, perm = _dequantizer(graph, node.input[1])
-    if (activation is None) != (weight is None):
-        which = "weight" if activation is None else "activation"
+    activation_is, weight_is = (_is_dequantized(graph, name) for name in node.input[:2])
+    if activation_is != weight_is:
+        which = "weight" if weight_is else "activation"
         yield "DK111", f"({node.op_type}) has only its {which} quantized"
     if weight is None or not graph.is_constant(weight.input[0]):
         return
-    scale = graph.array(weight.input[1])
+    scale = _folded(graph, weight.input[1]) if len(weight.input) > 1 else None
     rank = len(graph.shapes().get(weight.input[0], ()))
     if scale is None or scale.size <= 1 or not rank or attribute(weight, "block_size", 0):
         return

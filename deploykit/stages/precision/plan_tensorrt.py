@@ -7,14 +7,12 @@ from collections.abc import Collection
 from deploykit.stages.precision.plan import WEIGHTED, Plan, Ranges, why_float
 from deploykit.stages.precision.view import FloatGraph
 
-# What the builder fuses into a convolution's epilogue: no Q/DQ may stand between.
-_EPILOGUE = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Elu", "Selu", "Softplus", "Tanh"})
-
 
 def plan(graph: FloatGraph, ranges: Ranges, keep_float: Collection[str] = ()) -> Plan:
     """Pairs on the inputs of weighted nodes, and on the skip branch of a residual Add; biases stay in float.
 
-    A tensor has one pair, whoever reads it; float readers read it as it was.
+    A tensor has one pair, whoever reads it; float readers read it as it was, so that none stands between a convolution and
+    the activation that the builder fuses into it.
     """
     result = Plan()
     for i, node in enumerate(graph.nodes):

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from qdq_models import CHANNELS, WIDTH, Qdq
 from written import by_code, write
@@ -112,3 +113,56 @@ def test_a_transposed_weight_is_followed(tmp_path: Path) -> None:
     assert not rules(write(tmp_path / "m.onnx", text, ws=np.full(3, 0.1, np.float32), **stored))
     wrong = write(tmp_path / "n.onnx", text.replace("axis=0", "axis=1"), ws=np.full(4, 0.1, np.float32), **stored)
     assert "axis 0, not 1" in by_code(wrong, "tensorrt-rtx")["DK110"].message
+
+
+def test_a_graph_deeper_than_pythons_recursion_is_read(tmp_path: Path) -> None:
+    chain = "\n".join(f" t{i + 1} = Relu(t{i})" for i in range(1500))
+    text = f"g (float[batch,4] x) => (float[batch,4] y) {{ t0 = Relu(x)\n{chain}\n q = QuantizeLinear(t1500, s, z)\n y = DequantizeLinear(q, s, z) }}"
+    path = write(tmp_path / "m.onnx", text, s=np.float32(0.1), z=np.int8(0))
+    assert rules(path) == set()
+    assert Graph.load(path).is_constant("s")
+    assert not Graph.load(path).is_constant("t1500")
+
+
+def test_nodes_that_lack_inputs_are_left_to_the_checker(tmp_path: Path) -> None:
+    path = CASES["symmetric int8"][0].save(tmp_path / "m.onnx")
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        del node.input[1:]
+    onnx.save(model, str(path))
+    assert rules(path) == set()
+
+
+FOLDED = {
+    "Identity": " s2 = Identity(s)\n z2 = Identity(z)\n",
+    "Cast": " s2 = Cast<to=1>(s)\n z2 = Cast<to=3>(z)\n",
+    "Unsqueeze": " s1 = Unsqueeze(s, axes)\n s2 = Squeeze(s1, axes)\n z2 = Identity(z)\n",
+}
+
+
+@pytest.mark.parametrize("how", FOLDED)
+def test_a_scale_that_the_parser_folds_is_constant(how: str, tmp_path: Path) -> None:
+    """PyTorch's exporter writes them so; a product of constants is not folded there."""
+    text = (
+        f"g (float[batch,4] x) => (float[batch,3] y) {{ {FOLDED[how]} q = QuantizeLinear(x, s2, z2)\n"
+        " d = DequantizeLinear(q, s2, z2)\n w = DequantizeLinear<axis=1>(wq, ws)\n y = MatMul(d, w) }"
+    )
+    stored = {"s": np.float32(0.1), "wq": np.ones((4, 3), np.int8), "ws": np.full(3, 0.1, np.float32), "axes": np.array([0])}
+    assert rules(write(tmp_path / "m.onnx", text, z=np.int8(0), **stored)) == set()
+    assert rules(write(tmp_path / "o.onnx", text, z=np.int8(4), **stored)) == {"DK102"}
+    computed = text.replace(" d = ", " s9 = Mul(s, s)\n d = ").replace("DequantizeLinear(q, s2", "DequantizeLinear(q, s9")
+    assert "DK108" in rules(write(tmp_path / "c.onnx", computed, z=np.int8(0), **stored))
+
+
+@pytest.mark.parametrize(
+    ("between", "float_layer"),
+    [("Flatten(d)", False), ("Concat<axis=1>(d, d)", False), ("Transpose<perm=[0,1]>(d)", False), ("Relu(d)", True)],
+)
+def test_what_only_moves_values_leaves_them_dequantized(between: str, float_layer: bool, tmp_path: Path) -> None:
+    width = 8 if between.startswith("Concat") else 4
+    text = (
+        "g (float[batch,4] x) => (float[batch,3] y) { q = QuantizeLinear(x, s, z)\n d = DequantizeLinear(q, s, z)\n"
+        f" m = {between}\n w = DequantizeLinear<axis=1>(wq, ws)\n y = MatMul(m, w) }}"
+    )
+    stored = {"s": np.float32(0.1), "z": np.int8(0), "wq": np.ones((width, 3), np.int8), "ws": np.full(3, 0.1, np.float32)}
+    assert ("DK111" in rules(write(tmp_path / "m.onnx", text, **stored))) is float_layer
