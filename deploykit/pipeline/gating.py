@@ -142,5 +142,6 @@ def _verdict(run: Run, mine: dict[EngineKey, Artifact], request: GateRequest, na
         fresh = remeasuring.measure(run.report, base.report, mine, theirs, limits, request.again, narrator)
     elif request.again.data is not None:
         why = why_not or "--no-remeasure"
-        raise InputError(f"--data is what engines are measured again on, and none are: {why}", "leave it out, or add --remeasure")
+        remedy = "--remeasure and two run folders" if limits.timed else "a limit on speed, like --max-slowdown 5%"
+        raise InputError(f"--data is what engines are measured again on, and none are: {why}", f"leave it out, or give {remedy}")
     return gates.judge(run.report, base.report, limits, outcomes=run.outcomes, baseline_outcomes=base.outcomes, fresh=fresh)
