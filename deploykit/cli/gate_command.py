@@ -46,6 +46,8 @@ def gate(
 ) -> int:
     """The regression check for CI: 0 passed, 1 failed, 5 inconclusive; never a pass by default.
 
+    A baseline without any limit is held by --max-drop 0.5pp and --max-slowdown 5%.
+
     Example:  deploykit gate out --baseline base --max-drop 0.5pp --max-slowdown 5%
     """
     from deploykit.pipeline import gating
