@@ -10,9 +10,9 @@ from deploykit.pipeline import baselines
 from deploykit.pipeline.delivered import put_in_place
 
 
-def _folder(path: Path, text: str) -> Path:
+def _folder(path: Path, text: str, name: str = "file") -> Path:
     path.mkdir()
-    (path / "file").write_text(text)
+    (path / name).write_text(text)
     return path
 
 
@@ -33,7 +33,7 @@ def test_where_the_new_one_cannot_be_put_the_old_one_stays(tmp_path: Path) -> No
 
 
 def test_a_baseline_s_folder_is_replaced_by_a_copy(tmp_path: Path) -> None:
-    run, base = _folder(tmp_path / "run", "new"), _folder(tmp_path / "base", "old")
+    run, base = (_folder(tmp_path / name, text, "report.json") for name, text in (("run", "new"), ("base", "old")))
     baselines._replace_folder(run, base)
-    assert (base / "file").read_text() == (run / "file").read_text() == "new"
+    assert (base / "report.json").read_text() == (run / "report.json").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "run"]
