@@ -203,7 +203,7 @@ class _Search:
         if limit is None or sqnr is None or sqnr == math.inf or len(self.trials) % 3 == 0:  # each third trial halves the bracket
             if met:
                 return low + max(1, (high - low) // 2)
-            return low + max(1, low, round((high - low) ** 0.5))  # doubling: the end of a long list is reached in a few trials
+            return low + max(1, low, math.isqrt(high - low))  # doubling: the end of a long list is reached in a few trials
         rest = [layer.noise for layer in self.order]
         left = sum(rest[len(last.kept) :])
         scale = 10 ** (-sqnr / 10) / max(left, 1e-30)

@@ -13,12 +13,12 @@ import pytest
 import tiny_models
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit import children, graph, histogram
+from deploykit import children, graph, histogram, observation
 from deploykit.calibration_table import METHODS, CalibrationTable
 from deploykit.errors import BackendFailed, DataError, InputError, ModelError, UnknownName
 from deploykit.preprocess import IMAGENET
 from deploykit.samples import Samples
-from deploykit.stages import calibration
+from deploykit.stages import calibration, precision
 
 
 @dataclass(frozen=True)
@@ -442,3 +442,33 @@ def test_a_model_of_integers_only_has_nothing_to_calibrate(tmp_path: Path) -> No
     )
     with pytest.raises(ModelError, match="no float tensor"):
         calibration.collect(path, samples_of(path, {"x": np.arange(4)}, 4))
+
+
+def test_layers_inside_the_models_own_functions_get_ranges(tmp_path: Path) -> None:
+    body = [helper.make_node("Conv", ["a", "k"], ["c"]), helper.make_node("Relu", ["c"], ["b"])]
+    weights = [
+        numpy_helper.from_array(images(2)[:, :, :3, :3] * 0.3, "w1"),
+        numpy_helper.from_array(images(2)[:, :2, :1, :1], "w2"),
+    ]
+    path = save(
+        tmp_path / "m.onnx",
+        [
+            helper.make_node("Block", ["x", "w1"], ["h"], domain="mine"),
+            helper.make_node("Block", ["h", "w2"], ["y"], domain="mine"),
+        ],
+        [value("x", ["n", 3, 8, 8])],
+        [value("y", ["n", 2, 6, 6])],
+        weights,
+    )
+    model = onnx.load(str(path))
+    model.functions.append(helper.make_function("mine", "Block", ["a", "k"], ["b"], body, [helper.make_opsetid("", 18)]))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    onnx.save(model, str(path))
+    table = calibration.collect(path, samples_of(path, {"x": images(8)}, 8))["minmax"]
+    made = precision.to_int8(path, table, "cpu", tmp_path / "int8.onnx")
+    assert made.facts["quantized_layers"] == 2
+    inside = helper.make_node("QuantizeLinear", ["a", "k"], ["b"])
+    del model.functions[:]
+    model.functions.append(helper.make_function("mine", "Block", ["a", "k"], ["b"], [inside], [helper.make_opsetid("", 18)]))
+    with pytest.raises(ModelError, match="already quantized"):
+        observation.require_float(model, path)

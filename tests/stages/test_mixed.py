@@ -98,3 +98,11 @@ def test_a_budget_that_the_samples_cannot_judge() -> None:
 def test_scores_come_back_from_json() -> None:
     for score in (Score(5, math.inf, 1.0, 0.0), Score(5, 20.5, 0.9), Score(5)):
         assert Score.from_json(score.to_json()) == score
+
+
+@pytest.mark.parametrize("wanted", [3, 40, 190, 198])
+def test_a_long_list_is_searched_to_its_end(wanted: int) -> None:
+    """Of 200 like layers so many must stay in float; an agreement says nothing of how many."""
+    layers = [Layer(f"n{i:03}", 1e-3, 1.0) for i in range(200)]
+    found = search(layers, Additive(layers), Budget(min_agreement=1 - (200 - wanted) * 1e-3 - 1e-9))
+    assert found.met and wanted <= len(found.best.kept) <= 1.4 * wanted + 4

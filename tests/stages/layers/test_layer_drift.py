@@ -369,3 +369,17 @@ def test_a_weight_quantized_by_nodes_is_read_as_it_runs(tmp_path: Path) -> None:
     )
     assert layer.weight_pair is not None and layer.weight is not None
     np.testing.assert_allclose(layer.weight, run(probe, {})[0], rtol=1e-6)
+
+
+def test_results_that_are_not_finite_come_first(tmp_path: Path) -> None:
+    path = saved(residual(), tmp_path)
+    made = graphs.load(int8(path))
+    scale = next(n for n in made.graph.node if n.op_type == "DequantizeLinear" and n.output[0].startswith("w5")).input[1]
+    for stored in made.graph.initializer:
+        if stored.name == scale:
+            stored.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(stored), np.inf), scale))
+    report = compared(path, saved(made, tmp_path, "endless.onnx"))
+    first = report.layers[0]
+    assert first.sqnr_db is None and not first.identical
+    assert "not-finite" in {reason.code for reason in first.reasons}
+    assert report.layers[-1].sqnr_db is not None

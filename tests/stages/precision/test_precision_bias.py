@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from quantizable_models import ZOO, feeds_for, model, node, residual, run, table_for
+from quantizable_models import ZOO, const, feeds_for, model, node, residual, run, table_for
 
 from deploykit import graph as graphs
 from deploykit.calibration_table import Range
@@ -134,3 +134,41 @@ def test_a_graph_with_a_fixed_batch_is_corrected_on_whole_batches(tmp_path: Path
     path, samples = saved(made, tmp_path), replace(samples, signature=graphs.signature(made))
     found = bias_correct(path, table_for(path, batch=4), "cpu", samples, tmp_path / "fixed.onnx")
     assert found.signature.fixed_batch == 4
+
+
+@pytest.mark.parametrize("layout", ["cpu", "tensorrt"])
+def test_a_gemm_s_beta_does_not_scale_its_correction(tmp_path: Path, layout: str) -> None:
+    nodes = [node("Gemm", ["x", "w", "c"], ["y"], beta=0.25, name="first")]
+    made = model(nodes, [const("w", 6, 5), const("c", 5)], {"x": ["batch", 6]})
+    path, out = saved(made, tmp_path), tmp_path / "int8.onnx"
+    table, samples = clipping(table_for(path)), samples_of(made, 64)
+    feeds = samples.reader.read(range(64))
+    wanted = run(made, feeds)[0].mean(axis=0)
+    to_int8(path, table, layout, out)
+    plain = float(np.abs(run(out, feeds, literal=True)[0].mean(axis=0) - wanted).max())
+    assert bias_correct(path, table, layout, samples, out).facts["bias_corrected_layers"] == 1
+    assert float(np.abs(run(out, feeds, literal=True)[0].mean(axis=0) - wanted).max()) < 0.1 * plain
+
+
+def test_a_gemm_that_adds_a_matrix_takes_no_correction(tmp_path: Path) -> None:
+    nodes = [node("Gemm", ["x", "w", "m"], ["a"], name="matrix"), node("Gemm", ["a", "v", "c"], ["y"], name="row")]
+    made = model(nodes, [const("w", 6, 5), const("m", 4, 5), const("v", 5, 3), const("c", 3)], {"x": [4, 6]})
+    path = saved(made, tmp_path)
+    samples = Samples("random", "c" * 64, Arrays(feeds_for(made, 4, 0), ()), graphs.signature(made), None, tuple(range(4)))
+    found = bias_correct(path, table_for(path, batch=4), "tensorrt", samples, tmp_path / "int8.onnx")
+    assert found.facts["bias_corrected_layers"] == 1 and found.facts["quantized_layers"] == 2
+
+
+def test_a_convolution_of_unknown_shape_is_corrected(tmp_path: Path) -> None:
+    """Behind an operator that shape inference knows nothing of, a convolution's rank is its weight's."""
+    made = residual()
+    path, out = saved(made, tmp_path), tmp_path / "int8.onnx"
+    table, samples = table_for(path), samples_of(made)
+    to_int8(path, table, "cpu", out)
+    whole = bias.deltas(path, out, samples, layout="cpu")
+    graph, _ = bias.normal_form.load(path)
+    graph.shapes.clear()
+    wanted = bias._correctable(graph, graphs.load(out))
+    feeds = [dict(batch) for batch, _ in samples.batches(8)]
+    means = bias._float_means(graph, wanted, feeds, 1)
+    assert {name: value.shape for name, value in means.items()} == {n: d.shape for n, d in whole.deltas.items()}

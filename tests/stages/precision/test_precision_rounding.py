@@ -75,3 +75,22 @@ def test_the_written_graph_holds_the_learnt_integers(tmp_path: Path, layout: str
 def test_an_unknown_rounding() -> None:
     with pytest.raises(UnknownName, match="gptq"):
         Int8Options(rounding="gtpq")
+
+
+def test_inputs_that_hardly_vary_are_rounded_too() -> None:
+    """The variance is lost in float32 beside such a mean: the covariance has eigenvalues below zero."""
+    rng = np.random.default_rng(0)
+    x = (1000.0 + 1e-3 * rng.normal(size=(256, 24))).astype(np.float32)
+    kept = x.copy()
+    weight = rng.normal(size=(24, 6)).astype(np.float32)
+    scale = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+    learnt = rounding.learnt(helper.make_node("Gemm", ["x", "w"], ["y"], name="n"), weight, scale, 127, [x[:128], x[128:]])
+    assert np.abs(learnt * scale - weight).max() < 8 * scale.max()
+    assert np.array_equal(x, kept)  # the samples are the next layer's too
+
+
+def test_a_covariance_below_zero_is_damped_until_it_has_a_factor() -> None:
+    moments = np.array([[[1.0, 1.1], [1.1, 1.0]]])
+    factor = rounding._inverse_factor(moments.copy(), np.array([0.01]))
+    damped = moments + np.eye(2)
+    assert np.allclose(np.transpose(factor, (0, 2, 1)) @ factor, np.linalg.inv(damped))
