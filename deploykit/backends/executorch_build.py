@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +47,8 @@ def program(artifact: Artifact, request: BuildRequest) -> Program:
     """The .pte of the source that `artifact` describes. Raises what ExecuTorch.build says."""
     signature = artifact.signature
     source = torch_source.load(artifact)
-    batches = _batches(signature, request, getattr(source, "program", None))
+    traced = getattr(source, "program", None)
+    batches = _batches(signature, request, traced)
     shapes = signature.shapes(signature.fixed_batch or batches[1], request.shapes)
     example = _feeds(source.example, signature, shapes, batches[1])
     dynamic = _dynamic_shapes(signature, request, batches)
@@ -56,9 +57,14 @@ def program(artifact: Artifact, request: BuildRequest) -> Program:
         report_progress("loading ExecuTorch's compiler", 0.0)
         _require_compiler()
         report_progress("tracing", 0.1)
-        exported = _export(module, tuple(example.values()), (dynamic,))  # of the one parameter *tensors
-        if request.precision != "fp32":
-            quantized = _quantized(exported.module(), request, signature, example)
+        if request.precision == "fp32":
+            exported = _export(module, tuple(example.values()), (dynamic,))  # of the one parameter *tensors
+        else:
+            more = (_CALIBRATION_BATCH,) if request.precision == "int8" else ()
+            wide = _batches(signature, replace(request, batches=(*request.batches, *more)), traced)  # what calibrating takes
+            first = _feeds(source.example, signature, shapes, wide[1])
+            exported = _export(module, tuple(first.values()), (_dynamic_shapes(signature, request, wide),))
+            quantized = _quantized(exported.module(), request, signature, first, wide)
             exported = _export(quantized, tuple(example.values()), dynamic)
         report_progress("lowering to XNNPACK", 0.7)
         edge = _lowered(exported)
@@ -156,7 +162,9 @@ def _export(module: Any, example: tuple[Any, ...], dynamic: tuple[Any, ...]) -> 
         ) from exc
 
 
-def _quantized(graph: Any, request: BuildRequest, signature: Signature, example: Mapping[str, torch.Tensor]) -> Any:
+def _quantized(
+    graph: Any, request: BuildRequest, signature: Signature, example: Mapping[str, torch.Tensor], batches: tuple[int, int]
+) -> Any:
     """The traced module with quantize and dequantize operators: int8 activations for each tensor (asymmetric), int8
     weights for each channel (symmetric), by XNNPACKQuantizer; static ranges by its HistogramObserver on the samples."""
     import torch
@@ -171,7 +179,7 @@ def _quantized(graph: Any, request: BuildRequest, signature: Signature, example:
             if dynamic:
                 prepared(*example.values())
             else:
-                _calibrate(prepared, request.calibration, signature)
+                _calibrate(prepared, request.calibration, signature, batches)
         return convert_pt2e(prepared)
     except DeploykitError:
         raise
@@ -182,14 +190,15 @@ def _quantized(graph: Any, request: BuildRequest, signature: Signature, example:
         ) from exc
 
 
-def _calibrate(prepared: Any, samples: Samples | None, signature: Signature) -> None:
+def _calibrate(prepared: Any, samples: Samples | None, signature: Signature, batches: tuple[int, int]) -> None:
+    """The samples through the graph, which takes between so many at a time; where it cannot take a rest, its last one again."""
     import torch
 
     if samples is None or len(samples) == 0:
         raise BackendFailed("static INT8 was asked for without calibration samples", "add --data DATA")
-    size = signature.fixed_batch or _CALIBRATION_BATCH
+    size = max(batches[0], min(batches[1], _CALIBRATION_BATCH))
     done = 0
-    for feeds, count in samples.batches(size, pad=signature.fixed_batch is not None):
+    for feeds, count in samples.batches(size, pad=batches[0] > 1):
         prepared(*(torch.from_numpy(np.array(feeds[s.name], order="C")) for s in signature.inputs))
         done += count
         report_progress(f"calibrating: {done} of {len(samples)} samples", 0.2 + 0.5 * done / len(samples))

@@ -35,6 +35,15 @@ class Bessel(torch.nn.Module):
     def forward(self, x):
         return torch.special.bessel_j0(x)
 
+class Flat(torch.nn.Module):
+    INPUTS = ["x:float32:batchx4"]
+    OUTPUTS = ["y"]
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 4)
+    def forward(self, x):
+        return self.fc(torch.stack([x, x * 2], 1).reshape(x.shape[0], -1))
+
 class TwoPaths(torch.nn.Module):
     INPUTS = ["x:float32:batchx4"]
     OUTPUTS = ["y"]
@@ -165,3 +174,18 @@ def test_a_precision_it_does_not_make_is_refused() -> None:
     assert BACKEND.unsupported("int8", "sm75") is not None
     assert BACKEND.unsupported("int8", "cpu") is None
     assert backends.get("executorch") is BACKEND
+
+
+@needs_executorch
+def test_int8_for_batch_1_is_calibrated_on_more_at_a_time(folder: Path, tmp_path: Path) -> None:
+    """A graph traced for batch 1 holds it in its reshapes: the one that calibrates is traced for its own batch."""
+    source = _source(folder, "Flat")
+    request = BuildRequest("int8", batches=(1,), calibration=cases.calibration(source.signature, 20))
+    engine = BACKEND.build(source, request, tmp_path).save()
+    assert engine.facts["executorch"]["batches"] == [1, 1] and engine.facts["executorch"]["layers_int8"] == 1
+    session = BACKEND.open(engine, OpenRequest("int8", 1, 1))
+    feeds = cases.feeds(source.signature, 1)
+    found = session.infer(feeds)["y"]
+    session.close()
+    wanted = backends.get("torch").open(source, OpenRequest("fp32", 1, 1)).infer(feeds)["y"]
+    assert cases.distance(found, wanted) <= cases.OWN_INT8_TOLERANCE
