@@ -72,6 +72,8 @@ def compare(
 
     if data is None:
         raise InputError("a comparison needs samples", "add --data DATA")
+    if not per_layer and alone != "64":
+        raise InputError("--alone counts layers to measure", "add --per-layer")
     with Bar() as bar:
         found = comparing.compare(
             reference,

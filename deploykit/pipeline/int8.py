@@ -73,7 +73,7 @@ def write(
     """
     made = _written(path, table, layout, rest, recipe, keep_float, out)
     for note in table.notes:
-        made = _noted(made, note)
+        made = noted(made, note)
     return made
 
 
@@ -97,10 +97,11 @@ def _written(
         made = precision.to_int8_fp16(path, table, out, options)
     else:
         made = precision.to_int8(path, table, layout, out, options)
-    return _noted(made, f"biases are not corrected: {reason}") if reason else made
+    return noted(made, f"biases are not corrected: {reason}") if reason else made
 
 
-def _noted(made: Artifact, note: str) -> Artifact:
+def noted(made: Artifact, note: str) -> Artifact:
+    """The artifact with one more note."""
     facts: dict[str, Any] = dict(made.facts)
     facts["notes"] = [*facts.get("notes", []), note]
     return replace(made, facts=facts)

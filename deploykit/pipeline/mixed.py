@@ -150,7 +150,12 @@ def _known(notes: Path, mark: str) -> dict[str, Any]:
         doc = json.loads(notes.read_text())
     except (OSError, ValueError):
         return empty
-    fits = isinstance(doc, dict) and doc.get("mark") == mark and isinstance(doc.get("trials"), dict)
+    fits = isinstance(doc, dict) and doc.get("mark") == mark and len({"noise", "cost", "unit"} & doc.keys()) in (0, 3)
+    try:
+        if fits:
+            [Score.from_json(trial) for trial in doc["trials"].values()]
+    except (KeyError, TypeError, AttributeError):
+        return empty
     return doc if fits else empty
 
 

@@ -16,12 +16,16 @@ from deploykit.errors import InputError, UnknownName
 from deploykit.pipeline import int8
 from deploykit.pipeline.delivered import deliver, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
-from deploykit.pipeline.request import DataRequest, Narrator
+from deploykit.pipeline.request import DataRequest, Int8Request, Narrator
 from deploykit.pipeline.single import ModelFile, make_table, needs_suffix, open_data, open_model, table_and_recipe
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.samples import Samples
 from deploykit.signature import ShapeRange
 
+_FLOAT_PARTS = (
+    "what is not INT8 stays in FP32; from the float model, deploykit build-trt MODEL --int8 --calib FILE writes it in FP16, which "
+    "TensorRT runs faster"
+)
 MODES = ("static", "dynamic", "fp16", "mixed")
 LAYOUTS = ("cpu", "tensorrt")
 
@@ -88,7 +92,7 @@ def _quantize_file(
         return _mixed_file(model, path, layout, out, request, narrator, shapes)
     if request.budget is not None:
         raise InputError(f"a budget goes with --mode mixed, not with {mode}", "add --mode mixed")
-    table, recipe = table_and_recipe(model, path, request, narrator, shapes) if mode == "static" else (None, Int8Recipe())
+    table, recipe = _ranges_for(model, path, mode, request, narrator, shapes)
     narrator.step(f"quantize {path.name} {mode}")
     with scratch_beside(out) as folder:
         made: Artifact = children.run(
@@ -103,6 +107,8 @@ def _quantize_file(
             timeout_s=STAGE_TIMEOUT_S,
             progress=narrator.progress,
         )
+        if (mode, layout) == ("static", "tensorrt"):
+            made = int8.noted(made, _FLOAT_PARTS)
         kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
         made = replace(
             made,
@@ -111,6 +117,30 @@ def _quantize_file(
             options={"mode": mode, "layout": layout, **made.options, "equalize": request.int8.equalize},
         )
         return deliver(made, out)
+
+
+def _ranges_for(
+    model: ModelFile, path: Path, mode: str, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange]
+) -> tuple[CalibrationTable | None, Int8Recipe]:
+    """The calibration table, and how INT8 is to be made: for 'static' both; for 'fp16' a table where --calib or --data says how
+    large values get, for 'dynamic' none. Raises InputError for options that would not be used."""
+    if mode == "static":
+        return table_and_recipe(model, path, request, narrator, shapes)
+    if request.int8 != Int8Request():
+        raise InputError(
+            f"--bias-correct, --rounding, --weight-scales and --reduce-range are for INT8 from calibration, not for --mode {mode}",
+            "leave them out",
+        )
+    if request.calib_table is None and request.data is None:
+        return None, Int8Recipe()
+    if mode == "dynamic":
+        raise InputError(
+            "dynamic INT8 finds its ranges while the model runs: --calib and --data would not be used", "leave them out"
+        )
+    chosen = None
+    if request.calib_table is None and request.data is not None:
+        chosen = data.calibration_share(open_data(model, request.data, request, shapes), request.calib_n)
+    return make_table(model, path, replace(request, method="minmax"), chosen, narrator), Int8Recipe()  # extremes are all it reads
 
 
 def _mixed_file(
@@ -146,6 +176,8 @@ def _mixed_file(
             **made.options,
             "equalize": request.int8.equalize,
         }
+        if layout == "tensorrt":
+            made = int8.noted(made, _FLOAT_PARTS)
         return replace(made, parent=model.artifact.sha256, facts={**kept, **made.facts}, options=options)
 
     with scratch_beside(out) as folder:
@@ -174,7 +206,7 @@ def _quantize(path: Path, mode: str, layout: str, table: CalibrationTable | None
     from deploykit.stages import precision
 
     if mode == "fp16":
-        return precision.to_fp16(path, out)
+        return precision.to_fp16(path, out, table)
     if mode == "dynamic":
         return precision.to_int8_dynamic(path, out)
     assert table is not None

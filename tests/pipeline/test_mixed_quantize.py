@@ -122,3 +122,39 @@ def test_a_row_of_the_line(net: Path) -> None:
     assert row.status == "ok" and row.sqnr_db is not None and row.speedup
     with pytest.raises(InputError, match="budget"):
         line.run(line.LineRequest(request.targets, DataRequest(str(net.parent / "data.npz")), request.rows, net.parent / "other"))
+
+
+def test_fp16_takes_ranges_and_leaves_what_may_overflow(net: Path) -> None:
+    with np.load(net.parent / "data.npz") as given:
+        np.savez(net.parent / "large.npz", x=given["x"] * 1e4)
+    plain = quantize(net, "fp16", data=None)
+    assert not plain.facts["left_in_float"] and plain.options["calibration"] is None
+    small: Any = quantize(net, "fp16")
+    assert not small.facts["left_in_float"] and small.options["calibration"]
+    made: Any = quantize(net, "fp16", data=str(net.parent / "large.npz"))
+    assert any("FP16 ends at" in left["reason"] for left in made.facts["left_in_float"])
+
+
+def test_options_that_would_not_be_used_are_refused(net: Path) -> None:
+    with pytest.raises(InputError, match="not for --mode fp16"):
+        quantize(net, "fp16", int8=Int8Request(rounding="gptq"))
+    with pytest.raises(InputError, match="finds its ranges while"):
+        quantize(net, "dynamic")
+
+
+def test_the_float_parts_of_tensorrts_layout_are_said_to_stay_in_float32(net: Path) -> None:
+    assert any("build-trt" in note for note in single.fact_lines(quantize(net, layout="tensorrt")))
+    assert not any("build-trt" in note for note in single.fact_lines(quantize(net)))
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"mark": "m"}', '{"mark": "m", "trials": {"": {"n": 3}}}', '{"mark": "m", "trials": {}, "noise": {}}']
+)
+def test_a_damaged_file_of_trials_is_begun_anew(damage: str, tmp_path: Path) -> None:
+    notes = tmp_path / "out.search.json"
+    notes.write_text(damage)
+    assert mixed._known(notes, "m") == {"mark": "m", "trials": {}}
+    good = {"mark": "m", "trials": {"": mixed.Score(3, 20.0).to_json()}, "noise": {}, "cost": {}, "unit": "s"}
+    notes.write_text(json.dumps(good))
+    assert mixed._known(notes, "m") == good
+    assert mixed._known(notes, "other") == {"mark": "other", "trials": {}}
