@@ -28,12 +28,17 @@ _LIBRARIES = ("tvm/lib/libtvm_runtime.so", "tvm_ffi/lib/libtvm_ffi.so")
 _DEBIAN_ROOT = "/usr/aarch64-linux-gnu"  # where Debian's cross packages put ARM's C and C++ libraries
 _TIMEOUT_S = 600.0
 _CODES = {
+    "float16": (2, 16),
     "float32": (2, 32),
     "float64": (2, 64),
     "int32": (0, 32),
     "int64": (0, 64),
-    "uint8": (1, 8),
     "int8": (0, 8),
+    "int16": (0, 16),
+    "uint8": (1, 8),
+    "uint16": (1, 16),
+    "uint32": (1, 32),
+    "uint64": (1, 64),
     "bool": (6, 8),
 }
 

@@ -35,7 +35,9 @@ func check() throws -> Double {
             let expected = try floats("\(number).out.\(i).bin")
             guard let got = found[port.name], got.count == expected.count else { throw Mismatch(what: "case \(number): \(port.name) has another size") }
             let largest = max(Double(expected.map(abs).max() ?? 0), 1e-12)
-            let apart = Double(zip(got, expected).map { abs($0 - $1) }.max() ?? 0) / largest
+            let gaps = zip(got, expected).map { abs($0 - $1) }
+            if gaps.contains(where: { $0.isNaN }) { throw Mismatch(what: "case \(number): \(port.name) holds NaN") }  // max() may pass one by
+            let apart = Double(gaps.max() ?? 0) / largest
             if !(apart <= facts.tolerance) { throw Mismatch(what: "case \(number): \(port.name) differs by \(apart), allowed \(facts.tolerance)") }
             worst = max(worst, apart)
         }

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # of the largest output: the same sums in another order give 1e-7, another padding 1e-2
 _UNNAMED = re.compile(r"(keras_tensor|input_layer|input)(_\d+)?")
+# Classes whose descriptions hold code: by name, what they are.
+_CODE = {
+    "Lambda": "Lambda layer",
+    "__lambda__": "Lambda layer",
+    "TorchModuleWrapper": "pickled PyTorch module",
+    "TFSMLayer": "TensorFlow program",
+    "JaxLayer": "JAX function",
+    "FlaxLayer": "Flax module",
+}
 _MOST_BYTES = 64 << 20  # of a description in a .keras file; the largest of keras.applications has 1 MB
 
 
@@ -219,8 +228,8 @@ def _refuse_code(file: Path) -> None:
         ) from exc
     for node in nodes:
         kind, module = node.get("class_name"), node.get("module")
-        if kind in ("Lambda", "__lambda__"):
-            raise _code(file, "a Lambda layer")
+        if isinstance(kind, str) and kind in _CODE:
+            raise _code(file, f"a {_CODE[kind]}")
         if isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins", ""):
             raise _foreign(file, f"{module}.{kind}")
 

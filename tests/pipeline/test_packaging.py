@@ -239,3 +239,13 @@ def test_phones_take_floats_only(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="float32 only"):
         package(path, PackageRequest("android"), tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_digest_is_that_of_the_file_which_runs() -> None:
+    engine = replace(
+        _tflite(files={"1": "m.tflite", "4": "m-batch4.tflite"}), sha256="a" * 64, companions={"m-batch4.tflite": "b" * 64}
+    )
+    arrays = {"x": np.zeros((1, 4, 3), np.float32)}
+    for batch, file, digest in ((1, "m.tflite", "a" * 64), (4, "m-batch4.tflite", "b" * 64)):
+        facts = packaging._facts(engine, "litert", PackageRequest("ios", batch), batch, arrays, arrays)
+        assert (facts["file"], facts["sha256"]) == (file, digest)

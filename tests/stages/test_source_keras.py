@@ -230,6 +230,8 @@ def _written(path: Path, config: Any) -> source_spec.SourceSpec:
     [
         ({"module": "keras", "class_name": "Functional", "config": {"layers": [{"class_name": "Lambda"}]}}, "holds code"),
         ({"module": "keras", "class_name": "Functional", "config": [{"class_name": "__lambda__"}]}, "holds code"),
+        ({"module": "keras.layers", "class_name": "TorchModuleWrapper", "config": {"module": "gASV"}}, "pickled PyTorch module"),
+        ({"module": "keras.layers", "class_name": "TFSMLayer", "config": {"filepath": "model"}}, "holds code"),
         ({"module": "os", "class_name": "system", "config": {}}, "not Keras's own"),
     ],
 )
