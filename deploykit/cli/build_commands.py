@@ -61,8 +61,21 @@ def build_trt(
     explain: Annotated[
         bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
     ] = False,
+    profile_each_batch: Annotated[
+        bool,
+        typer.Option("--profile-each-batch", help="One optimization profile a batch, in place of one from 1 to the largest."),
+    ] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--timing-cache", help="tensorrt: read and keep the timings of kernels here; the next build is faster and alike."
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None, typer.Option("--workspace", help="Scratch memory on the GPU, in GiB, at most; default: no limit.")
+    ] = None,
 ) -> int:
-    """TensorRT engines with their manifests, one per target, for batch 1 to the largest named.
+    """TensorRT engines with their manifests, one per target and precision, for batch 1 to the largest named.
 
     Example:  deploykit build-trt model.onnx --fp16 --int8 --data images/ --target sm75,sm89 -o engines-trt
     """
@@ -70,6 +83,7 @@ def build_trt(
     from deploykit.pipeline.limited import Limits
     from deploykit.pipeline.request import DataRequest
 
+    parsing.positive(n, "-n")
     chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
     request = trt.TrtRequest(
         model,
@@ -81,7 +95,10 @@ def build_trt(
         parsing.shapes(shapes),
         explain,
         int8_mode,
-        Limits(time_limit, None if memory_limit is None else int(memory_limit * 2**30)),
+        Limits(time_limit, parsing.gib(memory_limit, "--memory-limit")),
+        profile_each_batch,
+        timing_cache,
+        parsing.gib(workspace, "--workspace"),
     )
     expected: list[str] = []
 
@@ -102,7 +119,10 @@ def build_trt(
 
 
 def build(
-    model: o.Model,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="An .onnx file, or a SOURCE: resnet18, timm:NAME, path/to/file.py:factory, a .pt2."),
+    ],
     backend: Annotated[str, typer.Option("--backend", help="onnxruntime, openvino, ...: see `deploykit doctor`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engine.")],
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-dynamic.")] = "fp32",
@@ -114,6 +134,12 @@ def build(
     method: o.Method = o.DEFAULT_METHOD,
     preprocess: o.Preprocess = None,
     shapes: o.Shapes = None,
+    inputs: o.Inputs = None,
+    weights: o.Weights = None,
+    num_classes: o.NumClasses = None,
+    io: Annotated[
+        str, typer.Option("--io", help="litert, static int8: what the file takes and gives, float or int8 values.")
+    ] = "float",
     tune: Annotated[
         str | None,
         typer.Option(help="tvm: search for faster schedules for so long (90s, 10m, 1h); goes on where a search stopped."),
@@ -129,15 +155,16 @@ def build(
         ),
     ] = None,
 ) -> int:
-    """One backend's engine, with its manifest.
+    """One backend's engine, with its manifest. executorch, litert and torch make theirs of a PyTorch or Keras SOURCE.
 
     Example:  deploykit build model.onnx --backend openvino --precision fp32 -o engines-ov
+              deploykit build resnet18 --backend litert --precision int8 --io int8 --data images/ -o engines-litert
     """
     from deploykit import backends
     from deploykit.errors import UnknownName
-    from deploykit.pipeline import building, single
+    from deploykit.pipeline import single, source_builds
     from deploykit.pipeline.limited import Limits
-    from deploykit.pipeline.request import DataRequest
+    from deploykit.pipeline.request import DataRequest, SourceRequest
     from deploykit.session import PRECISIONS, BuildRequest
 
     if precision not in PRECISIONS:
@@ -148,13 +175,17 @@ def build(
         raise UnknownName("target", where, chosen.all_targets())
     if tune is not None and backend != "tvm":
         raise InputError(f"--tune is for --backend tvm; {backend} has no search", "leave --tune out")
-    options = {} if tune is None else {"tune": parsing.seconds(tune, "--tune")}
+    parsing.positive(n, "-n")
+    parsing.io(io, backend, precision)
+    search_s = 0.0 if tune is None else parsing.seconds(tune, "--tune")
+    options = ({"tune": search_s} if search_s else {}) | ({"io": io} if io != "float" else {})
     wanted = BuildRequest(precision, where, parsing.batches(batch), parsing.shapes(shapes), options)
-    seconds = 1800.0 + options.get("tune", 0.0) if time_limit is None else time_limit
-    limits = Limits(seconds, None if memory_limit is None else int(memory_limit * 2**30))
+    seconds = 1800.0 + search_s if time_limit is None else time_limit
+    limits = Limits(seconds, parsing.gib(memory_limit, "--memory-limit"))
     with Bar() as bar:
         request = DataRequest(data, None, preprocess, None, None, n, method, calib)
-        made = building.build_file(model, backend, wanted, out, request, bar, limits)
+        wanted_of = SourceRequest(source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs))
+        made = source_builds.build(wanted_of, backend, wanted, out, request, bar, limits)
     _engine_line(made)
     for line in single.fact_lines(made):
         say(line)

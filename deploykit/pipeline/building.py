@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from deploykit import backends, children
-from deploykit.artifact import Artifact
+from deploykit.artifact import Artifact, Json
 from deploykit.calibration_table import IMPORTED
 from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend, ModelError
 from deploykit.pipeline import int8, limited, prepare
@@ -118,7 +118,7 @@ class Graphs:
             timeout_s=STAGE_TIMEOUT_S,
             progress=self._narrator.progress,
         )
-        return made.save()
+        return replace(made, facts={**_kept(given), **made.facts}).save()
 
 
 def build_file(
@@ -138,17 +138,22 @@ def build_file(
         return build_engine(graph, path, backend_name, wanted, out, graphs.folder, narrator, extras)
 
 
-def require_buildable(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:
-    """The kind of graph that the backend makes this engine of. Raises MissingBackend where it cannot, InputError where it takes
-    no .onnx file."""
+def kind_of(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:
+    """The kind of graph that the backend makes this engine of. Raises MissingBackend where it cannot."""
     backend = backends.get(backend_name)
     missing = backend.missing() or (None if allow else backend.unsupported(wanted.precision, wanted.target))
     if missing is not None:
         raise MissingBackend(f"{backend_name} {wanted.precision}: {missing.why}", missing.remedy)
-    kind = "fp32" if wanted.options.get("calibration") else backend.graph(wanted.precision)  # implicit INT8: the float graph
+    return "fp32" if wanted.options.get("calibration") else backend.graph(wanted.precision)  # implicit INT8: the float graph
+
+
+def require_buildable(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:
+    """`kind_of`. Raises InputError where the backend takes no .onnx file."""
+    kind = kind_of(backend_name, wanted, allow=allow)
     if kind.startswith("source"):
         raise InputError(
-            f"{backend_name} runs PyTorch sources, not .onnx files", "give the source to `deploykit run` or `deploykit bench`"
+            f"{backend_name} makes its engines of PyTorch sources, not of .onnx files",
+            f"give the source: deploykit build SOURCE --backend {backend_name} ...",
         )
     return kind
 
@@ -181,7 +186,7 @@ def build_engine(
         from deploykit.pipeline.explaining import explained
 
         narrator.step("explain: looking for the smallest part of the graph that still fails")
-        raise explained(exc, backend_name, graph, wanted, extras.explain) from exc
+        raise explained(exc, backend_name, graph, wanted, extras.explain, limits, scratch) from exc
     options = {
         "backend": backend_name,
         "precision": wanted.precision,
@@ -198,10 +203,15 @@ def build_engine(
         parent=graph.sha256,
         options={**made.options, **options},
         versions={**made.versions, **backends.get(backend_name).versions()},
-        facts={"build_s": time.perf_counter() - start, **made.facts, **({"notes": notes} if notes else {})},
+        facts={"build_s": time.perf_counter() - start, **_kept(graph), **made.facts, **({"notes": notes} if notes else {})},
     )
     folder = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
     return deliver_engine(made, out / folder)
+
+
+def _kept(model: Artifact) -> dict[str, Json]:
+    """What `predict` and `package` need to know of a model, in every engine of it."""
+    return {name: model.facts[name] for name in ("preprocess", "classes") if model.facts.get(name)}
 
 
 def _lint(path: Path, backend_name: str) -> list[Finding]:

@@ -143,3 +143,22 @@ def test_two_runs_beside_each_other_are_one_json_document(cli: Cli, tmp_path: Pa
     assert cli("run", "m.onnx", "-o", "out", *QUICK)[0] == 0
     assert run(["report", "out", "--compare", "out", "--json", "-"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"before", "after"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "m.onnx", "--data", "random:8", "-n", "0", "-o", "q.onnx"], "-n 0 must be at least 1"),
+        (["quantize", "m.onnx", "--data", "random:8", "-n", "-3", "-o", "q.onnx"], "-n -3 must be at least 1"),
+        (["build", "m.onnx", "--backend", "onnxruntime", "--precision", "int8", "-n", "0", "-o", "e"], "-n 0"),
+        (["build", "m.onnx", "--backend", "onnxruntime", "--io", "int8", "-o", "e"], "--io int8 is for --backend litert"),
+        (["build", "m.onnx", "--backend", "litert", "--precision", "fp32", "--io", "int8", "-o", "e"], "--io int8 is for"),
+        (["build", "m.onnx", "--backend", "litert", "--precision", "int8", "--io", "int4", "-o", "e"], "float, int8"),
+        (["build", "m.onnx", "--backend", "onnxruntime", "--weights", "w.pt", "-o", "e"], "--weights"),
+        (["compare", "m.onnx", "m.onnx", "--data", "random:8", "--alone", "3"], "add --per-layer"),
+    ],
+)
+def test_options_that_make_no_sense(arguments: list[str], said: str, cli: Cli, tmp_path: Path) -> None:
+    code, err = cli(*arguments)
+    assert (code, said in err) == (2, True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx"]
