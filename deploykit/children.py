@@ -131,7 +131,7 @@ class Child:
                 break
         except EOFError as exc:
             if timed_out.is_set():
-                raise BackendFailed(f"{self.name}: no answer within {timeout_s:.0f} s, stopped") from exc
+                raise BackendFailed(f"{self.name}: no answer within {timeout_s:g} s, stopped") from exc
             raise self._died() from exc
         except BaseException:
             self.kill()

@@ -21,8 +21,8 @@ from deploykit.errors import InputError, MissingBackend
 _KNOWN = "expected deploykit's calib.json, TensorRT's text cache, or ONNX Runtime's calibration.flatbuffers, .cache or .json"
 # onnxruntime 1.31, quantization/quant_utils.py, write_calibration_table: max([highest, lowest])
 _ONE_END = (
-    "ONNX Runtime writes max(highest, lowest) into this form, not the larger magnitude: a tensor that goes further below zero "
-    "than above it is clipped; its calibration.json has both ends"
+    "ONNX Runtime's own writer puts max(highest, lowest) into this form, not the larger magnitude: where it made this file, a "
+    "tensor that goes further below zero than above it is clipped; its calibration.json has both ends"
 )
 
 

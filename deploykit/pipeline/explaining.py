@@ -43,7 +43,11 @@ def find(
     """The smallest failing part of a graph; each attempt builds in a child of this process."""
     from deploykit import graph as graphs
 
-    request = replace(wanted, options={**wanted.options, "verify_rebuild": False})
+    # A part may lack the Q/DQ nodes that an INT8 engine must have; 'mixed' is the same build without that demand.
+    typed = wanted.precision == "int8" and not wanted.options.get("calibration")
+    request = replace(
+        wanted, precision="mixed" if typed else wanted.precision, options={**wanted.options, "verify_rebuild": False}
+    )
 
     def attempt(part: Path) -> explain.Failure | None:
         made = replace(graph, path=part, signature=graphs.signature(graphs.load(part)))

@@ -93,8 +93,9 @@ def build(
             wanted = replace(asked, batches=batches)
             kind = building.require_buildable(name, wanted, allow=allow)
             part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
-            extras = building.Extras(allow, (*fixed, *graphs.notes(kind)), part, request.limits)
             try:
+                notes = (*fixed, *_left_out(graphs.of(kind), kind), *graphs.notes(kind))
+                extras = building.Extras(allow, notes, part, request.limits)
                 engine = building.build_engine(graphs.of(kind), request.model, name, wanted, out, graphs.folder, narrator, extras)
             except BackendFailed as exc:
                 if len(chosen) == 1:
@@ -120,6 +121,18 @@ def _batches(asked: tuple[int, ...], signature: Signature) -> tuple[tuple[int, .
         return asked, ()
     others = ", ".join(str(batch) for batch in asked if batch != fixed)
     return (fixed,), (f"the graph has batch {fixed} baked in: built for that, not for {others}",)
+
+
+def _left_out(graph: Artifact, kind: str) -> tuple[str, ...]:
+    """What of the graph does not have the precision that was asked for, and why, where the stage that wrote it says so."""
+    rows = graph.facts.get("left_in_float") or []
+    if not rows or not isinstance(rows, list):
+        return ()
+    what = "are not quantized" if kind.startswith("int8") else "stay in float32"
+    first = rows[0]
+    return (
+        f"{len(rows)} nodes of the {kind.split('-')[0].upper()} graph {what}, for one {first['operator']} '{first['node']}': {first['reason']}",
+    )
 
 
 def _chosen(

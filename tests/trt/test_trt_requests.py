@@ -16,6 +16,7 @@ from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_PASSED, BackendFail
 from deploykit.pipeline import building, trt
 from deploykit.pipeline.request import DataRequest, Silent
 from deploykit.session import BuildRequest
+from deploykit.signature import Signature
 from deploykit.trt import gpu
 
 FULL = type(backends.get("tensorrt"))
@@ -100,6 +101,16 @@ def test_full_tensorrt_takes_a_timing_cache_and_promises_no_fallback(
     with pytest.raises(BackendFailed, match="not for sm86") as caught:
         _build(tmp_path, lambda path: _request(path, ("sm86",), backend="tensorrt", precisions=("int8",)))
     assert "--allow-fallback" not in str(caught.value)
+
+
+def test_what_stays_in_float_is_told_with_the_reason(tmp_path: Path) -> None:
+    made = Artifact(tmp_path / "m.onnx", "onnx", "int8", Signature((), ()), "precision")
+    assert trt._left_out(made, "int8-tensorrt") == ()
+    rows = [{"node": "c1", "operator": "Conv", "reason": "no range"}, {"node": "c2", "operator": "Conv", "reason": "no range"}]
+    (line,) = trt._left_out(replace(made, facts={"left_in_float": rows}), "int8-tensorrt")
+    assert line == "2 nodes of the INT8 graph are not quantized, for one Conv 'c1': no range"
+    (line,) = trt._left_out(replace(made, facts={"left_in_float": rows}), "fp16")
+    assert "stay in float32" in line
 
 
 def test_auto_takes_full_tensorrt_where_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:
