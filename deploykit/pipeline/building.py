@@ -22,7 +22,7 @@ from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.pipeline.single import open_model, table_and_recipe
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.session import BuildRequest
-from deploykit.signature import ShapeRange
+from deploykit.signature import ShapeRange, Signature
 from deploykit.verdict import Finding
 
 
@@ -133,9 +133,20 @@ def build_file(
     """One engine of an .onnx file in the folder `out`, with its manifest; `limits` of the child that builds."""
     kind = require_buildable(backend_name, wanted)
     with Graphs(path, request, narrator, wanted.shapes, out) as graphs:
-        graph = graphs.of(kind)
-        extras = Extras(notes=graphs.notes(kind), limits=limits)
-        return build_engine(graph, path, backend_name, wanted, out, graphs.folder, narrator, extras)
+        found = tuple(f"{f.code}: {f.message}; {f.remedy}" for f in graphs.lint(kind, backend_name))
+        batches, fixed = at_fixed_batch(wanted.batches, graphs.model.artifact.signature)
+        extras = Extras(notes=(*fixed, *found, *graphs.notes(kind)), limits=limits)
+        asked = replace(wanted, batches=batches)
+        return build_engine(graphs.of(kind), path, backend_name, asked, out, graphs.folder, narrator, extras)
+
+
+def at_fixed_batch(asked: tuple[int, ...], signature: Signature) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The batches to build for, and what to say where the graph has one baked in: that is a warning, not an error."""
+    fixed = signature.fixed_batch
+    if fixed is None or asked == (fixed,):
+        return asked, ()
+    others = ", ".join(str(batch) for batch in asked if batch != fixed)
+    return (fixed,), (f"the graph has batch {fixed} baked in: built for that, not for {others}",)
 
 
 def kind_of(backend_name: str, wanted: BuildRequest, *, allow: bool = False) -> str:

@@ -13,7 +13,7 @@ from deploykit.pipeline import building
 from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.session import Backend, BuildRequest
-from deploykit.signature import ShapeRange, Signature
+from deploykit.signature import ShapeRange
 from deploykit.trt import plan
 
 INT8_MODES = ("explicit", "implicit")
@@ -85,7 +85,7 @@ def build(
     engines: list[Artifact] = []
     code = EXIT_FAILED if warnings else EXIT_PASSED
     with building.Graphs(request.model, data, narrator, request.shapes, out) as graphs:
-        batches, fixed = _batches(request.batches, graphs.model.artifact.signature)
+        batches, fixed = building.at_fixed_batch(request.batches, graphs.model.artifact.signature)
         for kind in dict.fromkeys(building.require_buildable(name, wanted, allow=allow) for wanted, allow in chosen):
             for finding in graphs.lint(kind, name):
                 tell(f"{finding.code}: {finding.message}; {finding.remedy}")
@@ -112,15 +112,6 @@ def build(
     if not engines:
         raise BackendFailed("; ".join(warnings), "build one at a time to see more, with --explain for the node")
     return TrtResult(tuple(engines), tuple(warnings), code)
-
-
-def _batches(asked: tuple[int, ...], signature: Signature) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The batches to build for, and what to say where the graph has one baked in: that is a warning, not an error."""
-    fixed = signature.fixed_batch
-    if fixed is None or asked == (fixed,):
-        return asked, ()
-    others = ", ".join(str(batch) for batch in asked if batch != fixed)
-    return (fixed,), (f"the graph has batch {fixed} baked in: built for that, not for {others}",)
 
 
 def _left_out(graph: Artifact, kind: str) -> tuple[str, ...]:

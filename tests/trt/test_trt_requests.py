@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import tiny_models
+import trt_graphs
 
 from deploykit import backends
 from deploykit.artifact import Artifact
-from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError
+from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_PASSED, BackendFailed, ChecksFailed, InputError
 from deploykit.pipeline import building, trt
 from deploykit.pipeline.request import DataRequest, Silent
 from deploykit.session import BuildRequest
@@ -135,3 +136,17 @@ def test_an_engine_that_fell_back_fails_the_command(
     assert "--allow-fallback accepts it" in made.warnings[0]
     assert _build(tmp_path, lambda path: _request(path, ("sm80",), allow_fallback=True)).exit_code == EXIT_PASSED
     assert asked == []
+
+
+def test_build_takes_a_fixed_batch_and_lints_too(tmp_path: Path, asked: list[BuildRequest]) -> None:
+    path = tiny_models.conv_net(tmp_path / "m.onnx", batch=4)
+    made = building.build_file(path, "onnxruntime", BuildRequest("fp32"), tmp_path / "out", DataRequest(), Silent())
+    assert asked[-1].batches == (4,)
+    assert made.facts["notes"] == ["the graph has batch 4 baked in: built for that, not for 1, 8"]
+    wrong = trt_graphs.qdq_conv(tmp_path / "q.onnx", axis=1)
+    wanted = BuildRequest("int8", "sm80", (1,))
+    made = building.build_file(wrong, "tensorrt-rtx", wanted, tmp_path / "out", DataRequest(), Silent())
+    assert made.facts["notes"][0].startswith("DK110")
+    refused = trt_graphs.qdq_conv(tmp_path / "z.onnx", zero_point=3)
+    with pytest.raises(ChecksFailed, match="DK102"):
+        building.build_file(refused, "tensorrt-rtx", wanted, tmp_path / "out", DataRequest(), Silent())
