@@ -117,8 +117,8 @@ def deltas(
 
     path: the float model; quantized_path: what `to_int8` made of it with `options`, whose `rounding` says whether weights are
     rounded anew first. The quantized graph is computed literally (no fused kernels). Fewer samples are used where their
-    activations would not fit into `walk.HELD_BYTES`. Raises InputError without samples, ModelError where the two graphs do
-    not match, MissingBackend without ONNX Runtime.
+    activations would not fit into `walk.HELD_BYTES`. Raises InputError without samples, NothingToCorrect (so too where the two
+    graphs do not match), MissingBackend without ONNX Runtime.
     """
     if not len(samples):
         raise InputError("bias correction needs calibration samples, and there are none", "give data with --data")
@@ -127,7 +127,8 @@ def deltas(
     wanted = _correctable(graph, model)
     if not wanted:
         raise NothingToCorrect(
-            f"{quantized_path.name} holds no layer of {path.name} whose bias could be corrected", "give the model it is of"
+            f"{path.name} has no quantized Conv, ConvTranspose or Gemm whose bias could be corrected",
+            "leave --bias-correct and --rounding gptq out: they have nothing to work on here",
         )
     count = affordable(graph.model, min(limit, len(samples)))
     fixed = samples.signature.fixed_batch  # such a graph takes whole batches: the last sample counts again
