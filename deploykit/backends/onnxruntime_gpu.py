@@ -159,8 +159,8 @@ class OnnxRuntimeGpu:
             raise MissingBackend(absent.why, absent.remedy)
         sizes = {engine.signature.batch_symbol: request.batch} if engine.signature.batch_symbol else {}
         session = create(engine.path, self.provider, request.precision, request.threads, sizes, mark_of(engine))
-        notes = placed(session, self.provider)
         here = gpu.found()[0]
+        notes = (*placed(session, self.provider), *plan.tf32(request.precision, here.target))
         return GpuSession(session, engine.signature, request, f"{here.name} ({here.target})", notes)
 
 

@@ -115,6 +115,7 @@ class TensorRt:
         told = account.facts(model, made, wanted, implicit=text is not None)
         for kind in ("warnings", "notes"):
             told[kind] = [*said, *told[kind]]
+        told["notes"] += plan.tf32(request.precision, request.target)
         engine = folder / ENGINE_NAME
         write_atomically(engine, made.data)
         here = gpu.found()[0]

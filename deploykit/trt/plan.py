@@ -43,8 +43,8 @@ def expectations(precision: str, target: str, backend: str = "tensorrt-rtx") -> 
             lines.append(RTX_TURING_FP32 + ": the build will be refused")
     elif rtx and precision in ("int8", "mixed"):
         lines.append(RTX_INT8_POINTWISE)
-    if not rtx and precision == "fp32" and target != "sm75":
-        lines.append("TensorRT lets FP32 convolutions and matrix products of sm80 and later run in TF32, by default")
+    if not rtx:
+        lines += tf32(precision, target)
     if rtx:
         lines.append(f"this plan runs on {target} only: each GPU generation gets a plan of its own")
         lines.append(UNVALIDATED)
@@ -53,6 +53,16 @@ def expectations(precision: str, target: str, backend: str = "tensorrt-rtx") -> 
     if precision in ("int8", "mixed"):
         lines.append("its accuracy is not measured here: `deploykit run` predicts it, by running the same Q/DQ graph on the CPU")
     return lines
+
+
+def tf32(precision: str, target: str) -> list[str]:
+    """What to know of FP32 on a GPU that has TF32 (NVIDIA's and ONNX Runtime's documentation: both have it on by default)."""
+    if precision != "fp32" or target == "sm75":
+        return []
+    return [
+        "FP32 on sm80 and later: convolutions and matrix products may run in TF32 (10 bits of mantissa), the default of TensorRT and of "
+        "ONNX Runtime's CUDA provider"
+    ]
 
 
 def shortfall_lines(missed: Iterable[Shortfall], wanted: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -144,3 +144,6 @@ def test_expectations_say_what_a_t4_gets() -> None:
     assert plan.RTX_INT8_POINTWISE in plan.expectations("int8", "sm89")
     assert plan.UNVALIDATED in plan.expectations("fp16", "sm89")
     assert plan.UNVALIDATED not in plan.expectations("fp16", "sm89", "tensorrt")
+    assert any("TF32" in line for line in plan.expectations("fp32", "sm89", "tensorrt"))
+    assert not any("TF32" in line for line in plan.expectations("fp32", "sm75", "tensorrt"))
+    assert not any("TF32" in line for line in plan.expectations("fp16", "sm89", "tensorrt"))
