@@ -27,8 +27,14 @@ def qdq_conv(
     activation: str = "Relu",
     batch: int | str = "batch",
     float_type: Any = np.float16,
+    scale_through: str | None = None,
+    moved: str | None = None,
 ) -> Path:
-    """x [batch, 8, 16, 16] float32 -> (Cast) -> Q -> DQ -> Conv (int8 weights, DQ) -> Relu -> (Cast) -> y."""
+    """x [batch, 8, 16, 16] float32 -> (Cast) -> Q -> DQ -> Conv (int8 weights, DQ) -> Relu -> (Cast) -> y.
+
+    scale_through: an operator (Identity, Cast) between the stored scale and the Q/DQ nodes; moved: one (MaxPool, Relu)
+    between DQ and Conv.
+    """
     rng = np.random.default_rng(0)
     half = float_type == np.float16
     store = [
@@ -44,14 +50,21 @@ def qdq_conv(
     if computed_scale:
         nodes.append(h.make_node("ReduceMax", ["xh"], ["dyn"], name="largest", keepdims=0))
     s = "dyn" if computed_scale else "xs"
+    if scale_through:
+        to = {"to": T.FLOAT16 if half else T.FLOAT} if scale_through == "Cast" else {}
+        nodes.append(h.make_node(scale_through, ["xs"], ["folded"], name="fold", **to))
+        s = "folded"
     nodes += [
         h.make_node("QuantizeLinear", ["xh", s, "xz"], ["xq"], name="q0"),
         h.make_node("DequantizeLinear", ["xq", s, "xz"], ["xd"], name="dq0"),
     ]
     if weight_dq:
         nodes.append(h.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wd"], name="dqw", axis=axis))
+    if moved:
+        window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]} if moved == "MaxPool" else {}
+        nodes.append(h.make_node(moved, ["xd"], ["xm"], name="move", **window))
     nodes += [
-        h.make_node("Conv", ["xd", "wd" if weight_dq else "w", "b"], ["c"], name="conv0", pads=[1, 1, 1, 1]),
+        h.make_node("Conv", ["xm" if moved else "xd", "wd" if weight_dq else "w", "b"], ["c"], name="conv0", pads=[1, 1, 1, 1]),
         h.make_node(activation, ["c"], ["a"], name="act"),
         h.make_node("Cast", ["a"], ["y"], name="cast_out", to=T.FLOAT),
     ]

@@ -31,6 +31,11 @@ SILENTLY_FLOAT = {"DK110", "DK111"}
         ({"activation": "Det"}, "refused"),
         ({"axis": 1}, "float"),
         ({"weight_dq": False}, "float"),
+        ({"scale_through": "Identity"}, "builds"),
+        ({"scale_through": "Cast"}, "builds"),
+        ({"moved": "MaxPool"}, "builds"),
+        ({"moved": "Identity"}, "builds"),
+        ({"moved": "Relu"}, "float"),
     ],
 )
 def test_checks_and_builder_agree(tmp_path: Path, how: dict[str, Any], expected: str) -> None:
