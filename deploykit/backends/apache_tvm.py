@@ -86,6 +86,7 @@ class Tvm:
         absent = self.missing() or self.unsupported(request.precision, request.target)
         if absent is not None:
             raise MissingBackend(absent.why, absent.remedy)
+        _require_search(request)
         machine = compiling.arm() if request.target == compiling.ARM else compiling.here()
         threads = int(request.options.get("threads", 0)) or children.available_threads()
         files, facts = _libraries(artifact, request, machine, threads, folder)
@@ -167,6 +168,20 @@ def _budget_s(request: BuildRequest) -> float:
     return float(request.options.get("tune", 0))
 
 
+def _require_search(request: BuildRequest) -> None:
+    """Raises, before anything is compiled, InputError for a search on another machine, MissingBackend without what it needs."""
+    if _budget_s(request) <= 0:
+        return
+    if request.target != "cpu":
+        raise InputError(
+            "a search measures on the machine that the engine is for",
+            "build it without --tune: the default schedules are used",
+        )
+    lacking = tuning.missing()
+    if lacking is not None:
+        raise MissingBackend(lacking.why, lacking.remedy)
+
+
 def _tuned(
     artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, folder: Path
 ) -> tuple[list[str], dict[str, Any]]:
@@ -174,11 +189,6 @@ def _tuned(
     budget = _budget_s(request)
     if budget <= 0:
         return [], {}
-    if machine.name != "cpu":
-        raise InputError(
-            "a search measures on the machine that the engine is for",
-            "build it without --tune: the default schedules are used",
-        )
     database = tuning.database_folder(machine, threads)
     fixed = artifact.signature.fixed_batch
     batches = [fixed] if fixed is not None else list(dict.fromkeys(request.batches))

@@ -121,7 +121,10 @@ def build_trt(
 def build(
     source: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="An .onnx file, or a SOURCE: resnet18, timm:NAME, path/to/file.py:factory, a .pt2."),
+        typer.Argument(
+            metavar="MODEL",
+            help="An .onnx file, or a SOURCE: resnet18, timm:NAME, path/to/file.py:factory, a .pt2 or .keras file.",
+        ),
     ],
     backend: Annotated[str, typer.Option("--backend", help="onnxruntime, openvino, ...: see `deploykit doctor`.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engine.")],

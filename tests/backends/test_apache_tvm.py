@@ -156,6 +156,7 @@ def test_a_library_a_batch_that_is_tuned_is_compiled_and_listed_once(tmp_path: P
 
     monkeypatch.setattr(apache_tvm_compile, "imported", fixed_only)
     monkeypatch.setattr(apache_tvm_compile, "library", counted)
+    monkeypatch.setattr(apache_tvm_tuning, "missing", lambda: None)
     monkeypatch.setattr(apache_tvm_tuning, "search", lambda *_: {"curve": [[0.0, 0.0]]})  # what it costs is not the point here
     monkeypatch.setattr(apache_tvm_tuning, "applied", lambda module, *_: module)
     fp32 = _graph(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
@@ -164,6 +165,23 @@ def test_a_library_a_batch_that_is_tuned_is_compiled_and_listed_once(tmp_path: P
     assert (made.path.name, list(made.companions)) == ("model-b1.so", ["model-b2.so", "tuning.json"])
     assert written == ["model-b1.so", "model-b2.so"]
     assert BACKEND.open(made, OpenRequest("fp32", 2, 1)).infer({"x": -np.ones((2, 4), np.float32)})["y"].max() == 0
+
+
+@needs_tvm
+def test_a_search_that_cannot_run_is_refused_before_anything_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(apache_tvm, "_libraries", never)
+    monkeypatch.setattr(apache_tvm_compile, "no_linker", lambda _: None)
+    fp32 = _graph(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
+    with pytest.raises(InputError, match="the machine that the engine is for"):
+        BACKEND.build(fp32, BuildRequest("fp32", apache_tvm_compile.ARM, options={"tune": 1.0}), tmp_path)
+    monkeypatch.setattr(apache_tvm_tuning, "missing", lambda: apache_tvm.Missing("no xgboost", "pip"))
+    with pytest.raises(MissingBackend, match="no xgboost"):
+        BACKEND.build(fp32, BuildRequest("fp32", options={"tune": 1.0}), tmp_path)
+    with pytest.raises(AssertionError, match="compiled"):
+        BACKEND.build(fp32, BuildRequest("fp32"), tmp_path)
 
 
 def test_the_search_takes_what_costs_most_and_ends_where_nothing_does() -> None:
