@@ -39,6 +39,8 @@ def quantize_file(
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, LAYOUTS)
     needs_suffix(out, ".onnx")
+    if out.resolve() == path.resolve():
+        raise InputError(f"-o {out} is the model itself, which would be lost", f"example: -o {out.stem}-{mode}.onnx")
     model = open_model(path)
     if not request.int8.equalize:
         return _quantize_file(model, path, mode, layout, out, request, narrator, shapes)

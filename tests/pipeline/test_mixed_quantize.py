@@ -142,6 +142,15 @@ def test_options_that_would_not_be_used_are_refused(net: Path) -> None:
         quantize(net, "dynamic")
 
 
+def test_the_model_is_never_written_over(net: Path) -> None:
+    before = net.read_bytes()
+    (net.parent / "link.onnx").symlink_to(net)
+    for out in (net, net.parent / "link.onnx"):
+        with pytest.raises(InputError, match="the model itself"):
+            quantizing.quantize_file(net, "dynamic", "cpu", out, DataRequest(), Silent(), {})
+    assert net.read_bytes() == before
+
+
 def test_the_float_parts_of_tensorrts_layout_are_said_to_stay_in_float32(net: Path) -> None:
     assert any("build-trt" in note for note in single.fact_lines(quantize(net, layout="tensorrt")))
     assert not any("build-trt" in note for note in single.fact_lines(quantize(net)))
