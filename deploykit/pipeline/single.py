@@ -76,6 +76,10 @@ def check_file(path: Path, targets: Sequence[str], narrator: Narrator) -> Checke
 def repair_file(path: Path, out: Path, narrator: Narrator) -> tuple[str, ...]:
     """The model with what can be mended mended, at `out`; a line for each repair, and no file where there was none to make."""
     needs_suffix(out, ".onnx")
+    if out.resolve() == path.resolve():
+        raise InputError(
+            f"--repair {out} is the model itself, which would be lost", f"example: --repair {out.stem}-repaired.onnx"
+        )
     model = open_model(path)
     narrator.step(f"repair {path.name}")
     with scratch_beside(out) as folder:

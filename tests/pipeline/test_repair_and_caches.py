@@ -40,6 +40,8 @@ def test_where_nothing_can_be_repaired_nothing_is_written(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     with pytest.raises(InputError, match="should end in"):
         single.repair_file(path, tmp_path / "repaired", Silent())
+    with pytest.raises(InputError, match="would be lost"):
+        single.repair_file(path, path, Silent())
 
 
 def test_the_command_says_what_it_repaired_and_what_is_left(tmp_path: Path) -> None:
