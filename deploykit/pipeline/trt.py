@@ -63,7 +63,8 @@ def build(
     request: TrtRequest, data: DataRequest, out: Path, narrator: Narrator, tell: Callable[[str], None] = lambda _: None
 ) -> TrtResult:
     """Builds every engine asked for. An engine whose layers run in another precision than asked is a failure, unless
-    fallback is allowed; a target that cannot have the precision at all is one too. Where one of several fails to build, the
+    fallback is allowed; a target asked for by name that cannot have the precision at all is one too (where none was named, the
+    default ones that can are built, and the others told). Where one of several fails to build, the
     others are built all the same.
 
     `tell` hears what is to be expected of each engine before anything is built.
@@ -76,12 +77,12 @@ def build(
     for target in request.targets or ():
         if target not in backend.all_targets():
             raise UnknownName("target", target, backend.all_targets())
-    chosen, warnings = _chosen(request, backend, _implicit(request, name, data))
+    chosen, warnings, left = _chosen(request, backend, _implicit(request, name, data))
     lines = [line for wanted, _ in chosen for line in plan.expectations(wanted.precision, wanted.target, name)]
-    for line in dict.fromkeys(lines):
+    for line in dict.fromkeys([*lines, *left]):
         tell(line)
     if not chosen:
-        raise BackendFailed("; ".join(warnings), "choose another --target or precision")
+        raise BackendFailed("; ".join([*warnings, *left]), "choose another --target or precision")
     engines: list[Artifact] = []
     code = EXIT_FAILED if warnings else EXIT_PASSED
     with building.Graphs(request.model, data, narrator, request.shapes, out) as graphs:
@@ -111,7 +112,7 @@ def build(
                 code = max(code, EXIT_FAILED)
     if not engines:
         raise BackendFailed("; ".join(warnings), "build one at a time to see more, with --explain for the node")
-    return TrtResult(tuple(engines), tuple(warnings), code)
+    return TrtResult(tuple(engines), (*left, *warnings), code)
 
 
 def _left_out(graph: Artifact, kind: str) -> tuple[str, ...]:
@@ -128,9 +129,12 @@ def _left_out(graph: Artifact, kind: str) -> tuple[str, ...]:
 
 def _chosen(
     request: TrtRequest, backend: Backend, implicit: Mapping[str, str]
-) -> tuple[list[tuple[BuildRequest, bool]], list[str]]:
-    """What is to be built, with whether the backend would not vouch for it, and why the rest of what was asked for is not."""
-    chosen, refused = [], []
+) -> tuple[list[tuple[BuildRequest, bool]], list[str], list[str]]:
+    """What is to be built, with whether the backend would not vouch for it; why the rest of what was asked for is not; and why
+    default targets are left out."""
+    chosen: list[tuple[BuildRequest, bool]] = []
+    refused: list[str] = []
+    left: list[str] = []
     may_fall_back = backend.name == "tensorrt-rtx"  # full TensorRT refuses only what it cannot build at all
     tuned = _tuning(request, backend)
     for target in request.targets or backend.targets():
@@ -139,12 +143,12 @@ def _chosen(
             allowable = precision == "int8" and may_fall_back
             if cannot is not None and not (request.allow_fallback and allowable):
                 way = "; --allow-fallback builds it all the same" if allowable else ""
-                refused.append(f"not built: {precision} for {target}: {cannot}{way}")
+                (refused if request.targets else left).append(f"not built: {precision} for {target}: {cannot}{way}")
                 continue
             options = {"allow_fallback": request.allow_fallback, **tuned, **(implicit if precision == "int8" else {})}
             wanted = BuildRequest(precision, target, request.batches, dict(request.shapes), options)
             chosen.append((wanted, cannot is not None))
-    return chosen, refused
+    return chosen, refused, left
 
 
 def _tuning(request: TrtRequest, backend: Backend) -> dict[str, Json]:

@@ -22,7 +22,7 @@ RTX = pytest.mark.skipif(backends.get("tensorrt-rtx").missing() is not None, rea
 
 
 def _build(
-    folder: Path, targets: tuple[str, ...], precisions: tuple[str, ...], *, allow: bool = False
+    folder: Path, targets: tuple[str, ...] | None, precisions: tuple[str, ...], *, allow: bool = False
 ) -> tuple[trt.TrtResult, list[str]]:
     path = tiny_models.conv_net(folder / "m.onnx")
     told: list[str] = []
@@ -89,6 +89,16 @@ def test_one_refused_target_fails_the_command_and_builds_the_rest(tmp_path: Path
     assert {(e.precision, e.device) for e in made.engines} == {("fp16", "sm75"), ("int8", "sm89"), ("fp16", "sm89")}
     (warning,) = made.warnings
     assert warning.startswith("not built: int8 for sm75")
+
+
+@RTX
+def test_a_default_target_that_cannot_have_the_precision_is_told_and_fails_nothing(tmp_path: Path) -> None:
+    made, told = _build(tmp_path, None, ("int8",))
+    assert made.exit_code == EXIT_PASSED
+    assert {(e.precision, e.device) for e in made.engines} == {("int8", "sm89")}
+    (warning,) = made.warnings
+    assert warning.startswith("not built: int8 for sm75")
+    assert warning in told
 
 
 @pytest.fixture
