@@ -100,6 +100,7 @@ class LiteRt:
                 "files": {str(batch): name for batch, name in names.items()},
                 "layers": litert_flatbuffer.layers(first),
                 **litert_flatbuffer.ports(first),
+                **({"notes": artifact.facts["notes"]} if artifact.facts.get("notes") else {}),
             },
             companions=dict.fromkeys(list(names.values())[1:], ""),
         )

@@ -75,7 +75,7 @@ def _source(folder: Path, function: str, signature: Signature, activation: str =
     (folder / "pooled.py").write_text(POOLED.replace("ACTIVATION", activation))
     path = folder / f"{function}.json"
     path.write_text(json.dumps(source_spec.parse(f"{folder / 'pooled.py'}:{function}").to_json()))
-    return Artifact(path, "source", "fp32", signature, "test").save()
+    return Artifact(path, "source", "fp32", signature, "test", facts={"notes": ["of the source"]}).save()
 
 
 def _int8(folder: Path, activation: str, **options: Any) -> tuple[Artifact, Artifact]:
@@ -108,6 +108,7 @@ def test_int8_inputs_and_outputs_are_in_the_file_and_its_manifest(tmp_path: Path
     source, engine = _int8(tmp_path, "relu", io="int8")
     (taken,), (given,) = engine.facts["inputs"], engine.facts["outputs"]
     assert (taken["name"], taken["dtype"], given["name"], given["dtype"]) == ("x", "int8", "logits", "int8")
+    assert engine.facts["notes"] == ["of the source"]
     assert taken["scale"] > 0 and -128 <= taken["zero_point"] <= 127
     session = LITERT.open(artifacts.load(engine.path), OpenRequest("int8", 2, 1))
     feeds = cases.feeds(POOLED_SIGNATURE, 2, seed=99)
