@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
-from deploykit.errors import BackendFailed, ChildDied
+from deploykit.errors import BackendFailed, ChildDied, DeploykitError
 
 T = TypeVar("T")
 Progress = Callable[[str, float], None]  # (what, share done 0..1)
@@ -41,6 +41,11 @@ class Answer:
 
 class BugInChild(Exception):
     """An unexpected exception in a child, with its traceback: a bug, not the user's doing."""
+
+
+def in_a_line(exc: DeploykitError | BugInChild) -> str:
+    """What went wrong in a child, without remedy or traceback."""
+    return exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
 
 
 def write_message(stream: IO[bytes], message: object) -> None:

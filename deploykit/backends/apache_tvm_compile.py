@@ -5,7 +5,6 @@ Convolutions are laid out NHWC: channels innermost are the vector axis of `apach
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -58,17 +57,11 @@ def import_without_torch() -> None:
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment] # what Python itself takes for 'not to be found'
-    before = os.environ.get("TVM_FFI_DISABLE_TORCH_C_DLPACK")
-    os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"] = "1"
     try:
         import tvm.relax  # noqa: F401
     finally:
         if hidden:
             del sys.modules["torch"]
-        if before is None:
-            del os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"]
-        else:
-            os.environ["TVM_FFI_DISABLE_TORCH_C_DLPACK"] = before
 
 
 def here() -> Machine:

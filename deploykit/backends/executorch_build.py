@@ -20,6 +20,7 @@ from deploykit.errors import BackendFailed, DeploykitError, ModelError, NotForTh
 from deploykit.samples import Samples
 from deploykit.session import BuildRequest
 from deploykit.signature import Outputs, Signature
+from deploykit.traced import batch_limits
 
 if TYPE_CHECKING:
     import torch
@@ -83,15 +84,8 @@ def _batches(signature: Signature, request: BuildRequest, traced: Any) -> tuple[
     """The smallest and the largest batch: 1 to the largest asked for, within what a .pt2 was traced for."""
     if signature.fixed_batch is not None:
         return signature.fixed_batch, signature.fixed_batch
-    low, high = 1, max(request.batches)
-    if traced is not None:
-        values = {n.name: n.meta.get("val") for n in traced.graph.nodes if n.op == "placeholder"}
-        for spec in signature.inputs:
-            axis, value = signature.batch_axis(spec), values.get(spec.name)
-            limits = None if axis is None or value is None else traced.range_constraints.get(value.shape[axis].node.expr)
-            if limits is not None:
-                low = max(low, int(limits.lower))
-                high = int(limits.upper) if limits.upper < high else high  # unbounded, upper is no int
+    most = max(request.batches)
+    low, high = (1, most) if traced is None else batch_limits(traced, signature, most)
     return low, max(low, high)
 
 

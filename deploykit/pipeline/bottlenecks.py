@@ -109,7 +109,7 @@ def of_entries(
         except OutOfSpace:
             raise
         except (DeploykitError, BugInChild) as exc:
-            why = exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
+            why = children.in_a_line(exc)
             found[name] = {"verdict": f"not profiled: {why}", "batch": row.batch, "findings": []}
             continue
         doc = made.to_json()

@@ -63,7 +63,7 @@ def _compared(shop: Workshop, graph: Artifact, few: Samples) -> dict[str, Any]:
     except OutOfSpace:
         raise
     except (DeploykitError, BugInChild) as exc:
-        why = exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
+        why = children.in_a_line(exc)
         return {"n": 0, "layers": [], "notes": [f"not compared layer by layer: {why}"]}
     doc: dict[str, Any] = json.loads(kept.path.read_text())
     return doc

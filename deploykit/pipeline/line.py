@@ -227,7 +227,7 @@ def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsReque
 
 def _as_failure(row: PlannedRow, bug: BugInChild) -> BackendFailed:
     """What one backend's unforeseen exception costs its own row; the traceback stays with it as its cause."""
-    failed = BackendFailed(f"{row.backend}: {str(bug).strip().splitlines()[-1]}", "please report it, or leave this backend out")
+    failed = BackendFailed(f"{row.backend}: {children.in_a_line(bug)}", "please report it, or leave this backend out")
     failed.__cause__ = bug
     return failed
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploykit import datasheet, hosted, machine, roofline
 from deploykit.artifact import Artifact
-from deploykit.children import BugInChild
+from deploykit.children import BugInChild, in_a_line
 from deploykit.errors import DeploykitError, OutOfSpace
 from deploykit.pipeline.request import Narrator
 from deploykit.pipeline.target import Target
@@ -49,7 +49,7 @@ def placed(
     except OutOfSpace:
         raise
     except (DeploykitError, BugInChild) as exc:  # the figures stand without their roofline
-        why = exc.message if isinstance(exc, DeploykitError) else str(exc).strip().splitlines()[-1]
+        why = in_a_line(exc)
         say.step(f"no roofline: {why}")
         return rows, None
     return [_here(row, costs, found) for row in rows], found

@@ -11,7 +11,7 @@ from typing import Any
 
 from deploykit import backends, children, data, hosted, hosted_loadgen, loadgen, machine
 from deploykit.artifact import Artifact
-from deploykit.children import BugInChild, Child
+from deploykit.children import BugInChild, Child, in_a_line
 from deploykit.errors import EXIT_BACKEND, EXIT_MISSING, BackendFailed, DeploykitError, MissingBackend
 from deploykit.loadgen import LoadOutcome, LoadRequest
 from deploykit.measurement import Measurement
@@ -108,7 +108,7 @@ def _one(
     except DeploykitError as exc:
         return exc
     except BugInChild as exc:
-        return BackendFailed(f"{entry.row.id}: {str(exc).strip().splitlines()[-1]}")
+        return BackendFailed(f"{entry.row.id}: {in_a_line(exc)}")
     if found.value is None:  # no figure, perhaps of a busy moment: the next run tries again
         return found
 

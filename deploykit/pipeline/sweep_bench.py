@@ -15,7 +15,7 @@ import numpy as np
 from deploykit import artifact as artifacts
 from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact
-from deploykit.children import BugInChild, Child
+from deploykit.children import BugInChild, Child, in_a_line
 from deploykit.errors import DeploykitError
 from deploykit.measurement import MIN_RUNS, Measurement
 from deploykit.pipeline.line import Ready
@@ -122,12 +122,9 @@ class Evaluations:
             return Score(**kept[str(c)])
         try:
             score = self._measured(c)
-        except DeploykitError as exc:
+        except (DeploykitError, BugInChild) as exc:
             self._close()
-            return exc.message
-        except BugInChild as exc:
-            self._close()
-            return str(exc).strip().splitlines()[-1]
+            return in_a_line(exc)
         kept[str(c)] = asdict(score)
         self.notes.save()
         return score

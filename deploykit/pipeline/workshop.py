@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parent.parent
 
 # What each stage is made of: its version is a hash of these files.
 _CODE: Mapping[str, tuple[str, ...]] = {
-    "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py"),
+    "export": ("stages/export*.py", "stages/source*.py", "source_spec.py", "graph.py", "signature.py", "traced.py"),
     "source": ("stages/export*.py", "stages/source*.py", "source_spec.py"),
     "check": ("stages/checks/*.py", "graph.py", "signature.py"),
     "calibrate": (
@@ -37,7 +37,7 @@ _CODE: Mapping[str, tuple[str, ...]] = {
     "calibrate-best": ("stages/precision/*.py", "quantized_layers.py"),
     "precision": ("stages/precision/*.py", "graph.py", "pipeline/int8.py", "pipeline/mixed.py", "stages/mixed*.py"),
     "layers": ("stages/layers/*.py", "activations.py", "quantized_layers.py", "data/*.py", "preprocess.py"),
-    "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py"),
+    "engine": ("session.py", "pipeline/prepare.py", "backends/opened.py", "backends/torch_source.py", "traced.py"),
     "measure": (
         "hosted.py",
         "children.py",

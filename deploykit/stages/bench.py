@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import hosted
-from deploykit.children import BugInChild, Child, side_by_side
+from deploykit.children import BugInChild, Child, in_a_line, side_by_side
 from deploykit.errors import BackendFailed, DeploykitError, InputError, UnknownName
 from deploykit.measurement import MIN_RUNS, Measurement, Window
 from deploykit.session import OpenRequest
@@ -205,7 +205,7 @@ def _try_open(row: Target, child: Child, pools: Mapping[int, list[Feeds]]) -> _R
     except DeploykitError as exc:
         return exc
     except BugInChild as exc:
-        return BackendFailed(f"{row.id}: {str(exc).strip().splitlines()[-1]}")
+        return BackendFailed(f"{row.id}: {in_a_line(exc)}")
 
 
 def _open(row: Target, child: Child, pools: Mapping[int, list[Feeds]]) -> _Running:
@@ -239,7 +239,7 @@ def _one_window(item: _Running, seconds: float, state: _Collected) -> None:
     except DeploykitError as exc:
         state.error = exc
     except BugInChild as exc:
-        state.error = BackendFailed(f"{item.target.id}: {str(exc).strip().splitlines()[-1]}")
+        state.error = BackendFailed(f"{item.target.id}: {in_a_line(exc)}")
     else:
         item.child.pause()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit import trace_error
 from deploykit.errors import ModelError
 from deploykit.stages.source import Source, user_frame, where
+from deploykit.traced import batch_limits
 
 if TYPE_CHECKING:
     import torch
@@ -187,14 +188,5 @@ def _within_range(source: Source, batches: tuple[int, ...]) -> tuple[int, ...]:
     if fixed is not None:
         return (fixed,)
     assert source.program is not None
-    values = {n.name: n.meta.get("val") for n in source.program.graph.nodes if n.op == "placeholder"}
-    for spec in source.signature.inputs:
-        axis = source.signature.batch_axis(spec)
-        if axis is None:
-            continue
-        size: Any = values[spec.name].shape[axis]
-        limits = source.program.range_constraints.get(size.node.expr)
-        if limits is not None:
-            inside = tuple(b for b in batches if limits.lower <= b <= limits.upper)
-            return inside or (int(limits.lower),)
-    return batches
+    low, high = batch_limits(source.program, source.signature, max(batches))
+    return tuple(b for b in batches if low <= b <= high) or (low,)

@@ -199,7 +199,9 @@ def test_a_fixed_batch_is_fed_as_it_is_and_padding_counts_for_nothing(tmp_path: 
     free = tiny_models.conv_net(tmp_path / "free.onnx")
     x = images(6)  # 6 = 4 + 2, and two more of padding
     fixed = calibration.collect(path, samples_of(path, {"x": x}, 6), methods=METHODS)
-    for method, table in calibration.collect(free, samples_of(free, {"x": x}, 6), methods=METHODS).items():
+    wanted = calibration.collect(free, samples_of(free, {"x": x}, 6), methods=METHODS)
+    assert set(wanted) == set(fixed) == set(METHODS)
+    for method, table in wanted.items():
         close(fixed[method], table, 0.03 if method == "entropy" else 1e-3)
 
 
