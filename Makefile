@@ -29,7 +29,7 @@ test: install
 	$(BIN)/ruff check deploykit tests benchmarks examples scripts
 	$(BIN)/ruff format --check deploykit tests benchmarks examples scripts
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-full: install
 	$(BIN)/pytest -m "not gpu"
