@@ -1,4 +1,4 @@
-"""`build` and `build-trt`: engines of an .onnx file."""
+"""`build`: one backend's engine."""
 
 from __future__ import annotations
 
@@ -19,103 +19,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the application."""
-    add(app, "build-trt", build_trt, "TensorRT engines, for GPUs that are not here.")
+    """Adds the command to the application."""
     add(app, "build", build, "One backend's engine.")
-
-
-def build_trt(
-    model: o.Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the engines.")],
-    fp16: Annotated[bool, typer.Option("--fp16", help="FP16 engines (the default when no precision is named).")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="INT8 engines: Q/DQ from --calib or --data, the rest in FP16.")] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="FP32 engines.")] = False,
-    calib: o.CalibFile = None,
-    data: o.Data = None,
-    n: o.CalibN = 512,
-    method: o.Method = o.DEFAULT_METHOD,
-    preprocess: o.Preprocess = None,
-    target: o.TargetNames = None,
-    batch: o.Batch = "1,8,32",
-    backend: Annotated[
-        str, typer.Option("--backend", help="auto, tensorrt (needs a GPU) or rtx (built ahead of time).")
-    ] = "auto",
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="Accept an engine whose convolutions run in another precision.")
-    ] = False,
-    shapes: o.Shapes = None,
-    int8_mode: Annotated[
-        str,
-        typer.Option(
-            "--int8-mode",
-            help="explicit (Q/DQ in the graph), or implicit (TensorRT up to 10 only: a calibrator reading --calib).",
-        ),
-    ] = "explicit",
-    time_limit: Annotated[float, typer.Option("--time-limit", help="Stop a build after this many seconds.")] = 1800.0,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--memory-limit", help="Stop a build that holds more memory than this, in GiB; default: 90 % of the machine's."
-        ),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="When a build fails: find and write the smallest part of the graph that still does.")
-    ] = False,
-    profile_each_batch: Annotated[
-        bool,
-        typer.Option("--profile-each-batch", help="One optimization profile a batch, in place of one from 1 to the largest."),
-    ] = False,
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--timing-cache", help="tensorrt: read and keep the timings of kernels here; the next build is faster and alike."
-        ),
-    ] = None,
-    workspace: Annotated[
-        float | None, typer.Option("--workspace", help="Scratch memory on the GPU, in GiB, at most; default: no limit.")
-    ] = None,
-) -> int:
-    """TensorRT engines with their manifests, one per target and precision, for batch 1 to the largest named.
-
-    Example:  deploykit build-trt model.onnx --fp16 --int8 --data images/ --target sm75,sm89 -o engines-trt
-    """
-    from deploykit.pipeline import single, trt
-    from deploykit.pipeline.limited import Limits
-    from deploykit.pipeline.request import DataRequest
-
-    parsing.positive(n, "-n")
-    chosen = [name for name, on in (("fp32", fp32), ("fp16", fp16), ("int8", int8)) if on] or ["fp16"]
-    request = trt.TrtRequest(
-        model,
-        tuple(chosen),
-        parsing.names(target),
-        parsing.batches(batch),
-        backend,
-        allow_fallback,
-        parsing.shapes(shapes),
-        explain,
-        int8_mode,
-        Limits(time_limit, parsing.gib(memory_limit, "--memory-limit")),
-        profile_each_batch,
-        timing_cache,
-        parsing.gib(workspace, "--workspace"),
-    )
-    expected: list[str] = []
-
-    def tell(line: str) -> None:
-        expected.append(f"note: {line}")
-        say(f"expected: {line}")
-
-    with Bar() as bar:
-        made = trt.build(request, DataRequest(data, None, preprocess, None, None, n, method, calib), out, bar, tell)
-    for engine in made.engines:
-        _engine_line(engine)
-        for line in single.fact_lines(engine):
-            if line not in expected:
-                say(f"  {line}")
-    for line in made.warnings:
-        say(line)
-    return made.exit_code
 
 
 def build(
@@ -189,11 +94,12 @@ def build(
         request = DataRequest(data, None, preprocess, None, None, n, method, calib)
         wanted_of = SourceRequest(source, weights, parsing.positive(num_classes, "--num-classes"), parsing.inputs(inputs))
         made = source_builds.build(wanted_of, backend, wanted, out, request, bar, limits)
-    _engine_line(made)
+    say(engine_line(made))
     for line in single.fact_lines(made):
         say(line)
     return EXIT_PASSED
 
 
-def _engine_line(engine: Artifact) -> None:
-    say(f"{engine.path}: {engine.options['backend']} {engine.precision} {engine.device}, {engine.size_bytes / 1e6:.1f} MB")
+def engine_line(engine: Artifact) -> str:
+    """An engine in one line."""
+    return f"{engine.path}: {engine.options['backend']} {engine.precision} {engine.device}, {engine.size_bytes / 1e6:.1f} MB"

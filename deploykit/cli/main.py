@@ -14,6 +14,7 @@ import typer
 from deploykit import __version__
 from deploykit.cli import (
     build_commands,
+    build_trt_command,
     commands,
     config,
     config_schema,
@@ -53,6 +54,7 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
 line_commands.register(app)
 commands.register(app)
 build_commands.register(app)
+build_trt_command.register(app)
 look_commands.register(app)
 package_command.register(app)
 sweep_command.register(app)

@@ -12,14 +12,14 @@ from typing import Any
 
 from deploykit import backends, children
 from deploykit.artifact import Artifact, Json
-from deploykit.calibration_table import IMPORTED
+from deploykit.calibration_table import IMPORTED, CalibrationTable
 from deploykit.errors import BackendFailed, ChecksFailed, InputError, MissingBackend, ModelError
-from deploykit.pipeline import int8, limited, prepare
+from deploykit.pipeline import int8, limited, prediction, prepare
 from deploykit.pipeline.delivered import deliver_engine, scratch_beside
 from deploykit.pipeline.int8 import Int8Recipe
 from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Narrator
-from deploykit.pipeline.single import open_model, table_and_recipe
+from deploykit.pipeline.single import make_table, open_model, table_and_recipe
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.session import BuildRequest
 from deploykit.signature import ShapeRange, Signature
@@ -31,22 +31,38 @@ class Extras:
     """What else a build may be asked for. allow: build what the backend would not vouch for; explain: where to write the
     smallest part of the graph that still fails, when the build does; limits: of the child that builds,
     None for half an hour beside the search that was asked for; notes: what the engine's
-    manifest should say of its graph."""
+    manifest should say of its graph; predicted: asked once the engine stands, for its manifest's 'predicted'."""
 
     allow: bool = False
     notes: tuple[str, ...] = ()
     explain: Path | None = None
     limits: Limits | None = None
+    predicted: Callable[[], dict[str, Json]] | None = None
 
 
 class Graphs:
     """The graphs that engines of one .onnx file are made of, each made once, in a child process that stays open between them:
-    importing what makes them takes as long as some of the steps. A context manager."""
+    importing what makes them takes as long as some of the steps. A context manager.
 
-    def __init__(self, path: Path, request: DataRequest, narrator: Narrator, shapes: Mapping[str, ShapeRange], out: Path) -> None:
-        self._request, self._narrator, self._shapes = request, narrator, shapes
+    judge_n: how many samples of DATA, at most, judge the graphs (see `predicted`); then at most half of it calibrates. None:
+    nothing is judged, and all of it may.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        request: DataRequest,
+        narrator: Narrator,
+        shapes: Mapping[str, ShapeRange],
+        out: Path,
+        judge_n: int | None = None,
+    ) -> None:
+        self._request, self._narrator, self._shapes, self._judge_n = request, narrator, shapes, judge_n
         self._made: dict[str, Artifact] = {}
         self._imported: dict[str, tuple[str, ...]] = {}
+        self._predicted: dict[str, dict[str, Json]] = {}
+        self._shares: prediction.Shares | None = None
+        self._table: CalibrationTable | None = None
         self._resources = ExitStack()
         try:
             if path.is_dir():
@@ -90,6 +106,38 @@ class Graphs:
                 raise ChecksFailed(f"{finding.code}: {finding.message}{where}", finding.remedy)
         return tuple(found)
 
+    def predicted(self, kind: str) -> dict[str, Json]:
+        """The prediction for engines of the graph of that kind (see `prediction.of`), made once; empty for the float model."""
+        if kind not in self._predicted:
+            made, given = self.of(kind), self.model.artifact
+            reference = given if made is not given else None
+            self._predicted[kind] = (
+                {} if kind == "fp32" else prediction.of(made, reference, self._split(), self._shapes, self._narrator)
+            )
+        return self._predicted[kind]
+
+    def _split(self) -> prediction.Shares:
+        if self._shares is None:
+            table = self._given_table() if self._request.calib_table is not None and self._request.data is not None else None
+            self._shares = prediction.shares(self.model, self._request, self._shapes, table, self._judge_n or 0)
+        return self._shares
+
+    def _given_table(self) -> CalibrationTable:
+        """The table that --calib names. Raises what reading it raises."""
+        if self._table is None:
+            self._table = make_table(self.model, self.model.artifact.path, self._request, None, self._narrator, self._run)
+        return self._table
+
+    def _table_and_recipe(self) -> tuple[CalibrationTable, Int8Recipe]:
+        path = self.model.artifact.path
+        if self._judge_n is None:
+            return table_and_recipe(self.model, path, self._request, self._narrator, self._shapes, self._run)
+        chosen = self._split().calibrate
+        recipe = Int8Recipe(self._request.int8, chosen)
+        if self._request.calib_table is not None:
+            return self._given_table(), recipe
+        return make_table(self.model, path, self._request, chosen, self._narrator, self._run), recipe
+
     def _make(self, kind: str) -> Artifact:
         given = self.model.artifact
         quantized = kind == "mixed" or kind.startswith("int8")
@@ -102,7 +150,7 @@ class Graphs:
             )
         table, recipe = None, Int8Recipe()
         if kind in ("int8-cpu", "int8-tensorrt"):
-            table, recipe = table_and_recipe(self.model, given.path, self._request, self._narrator, self._shapes, self._run)
+            table, recipe = self._table_and_recipe()
             self._imported[kind] = table.notes if table.method == IMPORTED else ()
         self._narrator.step(f"write the {kind} graph")
         place = self.folder / kind
@@ -205,7 +253,11 @@ def build_engine(
         "batches": list(wanted.batches),
         "model": path.stem,
     }
-    notes = [*extras.notes, *made.facts.get("notes", [])]
+    found = {"build_s": time.perf_counter() - start, **_kept(graph), **made.facts}
+    if notes := [*extras.notes, *made.facts.get("notes", [])]:
+        found["notes"] = notes
+    if predicted := extras.predicted() if extras.predicted is not None else {}:
+        found["predicted"] = predicted
     made = replace(
         made,
         stage="engine",
@@ -214,7 +266,7 @@ def build_engine(
         parent=graph.sha256,
         options={**made.options, **options},
         versions={**made.versions, **backends.get(backend_name).versions()},
-        facts={"build_s": time.perf_counter() - start, **_kept(graph), **made.facts, **({"notes": notes} if notes else {})},
+        facts=found,
     )
     folder = f"{path.stem}-{backend_name}-{wanted.precision}" + ("" if wanted.target == "cpu" else f"-{wanted.target}")
     return deliver_engine(made, out / folder)

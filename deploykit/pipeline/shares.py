@@ -114,8 +114,11 @@ def class_names(file: Path | None) -> tuple[str, ...] | None:
 
 
 def _trained_on(model: Target, samples: Samples) -> tuple[int, ...]:
-    """Indices of the samples that the weights were trained on, where their manifest says so."""
-    weights = model.shop.spec.weights if model.shop is not None else "none"
+    return trained_on(model.shop.spec.weights if model.shop is not None else "none", samples)
+
+
+def trained_on(weights: str, samples: Samples) -> tuple[int, ...]:
+    """Indices of the samples that a checkpoint was trained on, where its manifest says so."""
     side = Path(weights + ".manifest.json")
     if not side.is_file():
         return ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deploykit import backends
 from deploykit.artifact import Artifact, Json
 from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_PASSED, BackendFailed, InputError, MissingBackend, UnknownName
-from deploykit.pipeline import building
+from deploykit.pipeline import building, prediction
 from deploykit.pipeline.limited import Limits
 from deploykit.pipeline.request import DataRequest, Narrator
 from deploykit.session import Backend, BuildRequest
@@ -17,6 +18,7 @@ from deploykit.signature import ShapeRange
 from deploykit.trt import plan
 
 INT8_MODES = ("explicit", "implicit")
+_IMPLICIT = ("with implicit INT8 TensorRT chooses what runs in INT8, so no graph says it", "--int8-mode explicit has one")
 CHOICES = {"auto": "", "rtx": "tensorrt-rtx", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
@@ -37,6 +39,7 @@ class TrtRequest:
     profile_each_batch: bool = False
     timing_cache: Path | None = None
     workspace_bytes: int | None = None
+    judge_n: int = prediction.DEFAULT_N  # samples of DATA that judge the graphs on the CPU, at most; 0: none
 
 
 @dataclass(frozen=True)
@@ -69,50 +72,97 @@ def build(
 
     `tell` hears what is to be expected of each engine before anything is built.
     """
-    name = backend_for(request.backend)
-    backend = backends.get(name)
+    backend = _able_backend(request)
+    chosen, refused, left = _chosen(request, backend, _implicit(request, backend.name, data))
+    for line in _expected(request, data, backend.name, [wanted for wanted, _ in chosen], left):
+        tell(line)
+    if not chosen:
+        raise BackendFailed("; ".join([*refused, *left]), "choose another --target or precision")
+    with building.Graphs(request.model, data, narrator, request.shapes, out, request.judge_n) as graphs:
+        builds = _Builds(request, backend.name, graphs, out, narrator, refused)
+        builds.lint(chosen, tell)
+        for asked, allow in chosen:
+            builds.add(asked, allow, alone=len(chosen) == 1)
+    if not builds.engines:
+        raise BackendFailed("; ".join(builds.warnings), "build one at a time to see more, with --explain for the node")
+    return TrtResult(tuple(builds.engines), (*left, *builds.warnings), builds.exit_code)
+
+
+def _able_backend(request: TrtRequest) -> Backend:
+    """The backend to build with. Raises MissingBackend where it is not here, UnknownName for a target it does not know."""
+    backend = backends.get(backend_for(request.backend))
     missing = backend.missing()
     if missing is not None:
-        raise MissingBackend(f"{name}: {missing.why}", missing.remedy)
+        raise MissingBackend(f"{backend.name}: {missing.why}", missing.remedy)
     for target in request.targets or ():
         if target not in backend.all_targets():
             raise UnknownName("target", target, backend.all_targets())
-    chosen, warnings, left = _chosen(request, backend, _implicit(request, name, data))
-    lines = [line for wanted, _ in chosen for line in plan.expectations(wanted.precision, wanted.target, name)]
-    for line in dict.fromkeys([*lines, *left]):
-        tell(line)
-    if not chosen:
-        raise BackendFailed("; ".join([*warnings, *left]), "choose another --target or precision")
-    engines: list[Artifact] = []
-    code = EXIT_FAILED if warnings else EXIT_PASSED
-    with building.Graphs(request.model, data, narrator, request.shapes, out) as graphs:
-        batches, fixed = building.at_fixed_batch(request.batches, graphs.model.artifact.signature)
-        for kind in dict.fromkeys(building.require_buildable(name, wanted, allow=allow) for wanted, allow in chosen):
-            for finding in graphs.lint(kind, name):
+    return backend
+
+
+def _expected(
+    request: TrtRequest, data: DataRequest, name: str, chosen: Sequence[BuildRequest], left: Sequence[str]
+) -> list[str]:
+    """What to expect of the engines, one sentence an item: each once."""
+    lines = [line for wanted in chosen for line in plan.expectations(wanted.precision, wanted.target, name)]
+    lines += left
+    if any(wanted.precision != "fp32" for wanted in chosen):
+        judged = data.data is not None and request.judge_n > 0 and request.int8_mode == "explicit"
+        lines.append(plan.PREDICTED if judged else plan.NOT_PREDICTED)
+    return list(dict.fromkeys(lines))
+
+
+class _Builds:
+    """The engines of one request as they are built, one after the other."""
+
+    def __init__(
+        self, request: TrtRequest, name: str, graphs: building.Graphs, out: Path, narrator: Narrator, refused: Sequence[str]
+    ) -> None:
+        self._request, self._name, self._graphs, self._out, self._narrator = request, name, graphs, out, narrator
+        self._batches, self._fixed = building.at_fixed_batch(request.batches, graphs.model.artifact.signature)
+        self.engines: list[Artifact] = []
+        self.warnings = list(refused)
+        self.exit_code = EXIT_FAILED if refused else EXIT_PASSED
+
+    def lint(self, chosen: Sequence[tuple[BuildRequest, bool]], tell: Callable[[str], None]) -> None:
+        """Holds each graph against the rules before any is built. Raises ChecksFailed for what the parser would refuse."""
+        for kind in dict.fromkeys(building.require_buildable(self._name, wanted, allow=allow) for wanted, allow in chosen):
+            for finding in self._graphs.lint(kind, self._name):
                 tell(f"{finding.code}: {finding.message}; {finding.remedy}")
-        for asked, allow in chosen:
-            wanted = replace(asked, batches=batches)
-            kind = building.require_buildable(name, wanted, allow=allow)
-            part = out / f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx" if request.explain else None
-            try:
-                notes = (*fixed, *_left_out(graphs.of(kind), kind), *graphs.notes(kind))
-                extras = building.Extras(allow, notes, part, request.limits)
-                engine = building.build_engine(graphs.of(kind), request.model, name, wanted, out, graphs.folder, narrator, extras)
-            except BackendFailed as exc:
-                if len(chosen) == 1:
-                    raise
-                remedy = f"; {exc.remedy}" if exc.remedy else ""
-                warnings.append(f"not built: {wanted.precision} for {wanted.target}: {exc.message}{remedy}")
-                code = EXIT_BACKEND
-                continue
-            engines.append(engine)
-            fell_back = engine.facts.get("fell_back")
-            if fell_back and not request.allow_fallback:
-                warnings.append(f"{engine.path.parent.name}: {fell_back}; --allow-fallback accepts it")
-                code = max(code, EXIT_FAILED)
-    if not engines:
-        raise BackendFailed("; ".join(warnings), "build one at a time to see more, with --explain for the node")
-    return TrtResult(tuple(engines), (*left, *warnings), code)
+
+    def add(self, asked: BuildRequest, allow: bool, *, alone: bool) -> None:
+        """Builds one more. A failure is a warning, and raised where it is `alone`."""
+        wanted = replace(asked, batches=self._batches)
+        try:
+            engine = self._built(wanted, allow)
+        except BackendFailed as exc:
+            if alone:
+                raise
+            remedy = f"; {exc.remedy}" if exc.remedy else ""
+            self.warnings.append(f"not built: {wanted.precision} for {wanted.target}: {exc.message}{remedy}")
+            self.exit_code = EXIT_BACKEND
+            return
+        self.engines.append(engine)
+        fell_back = engine.facts.get("fell_back")
+        if fell_back and not self._request.allow_fallback:
+            self.warnings.append(f"{engine.path.parent.name}: {fell_back}; --allow-fallback accepts it")
+            self.exit_code = max(self.exit_code, EXIT_FAILED)
+
+    def _built(self, wanted: BuildRequest, allow: bool) -> Artifact:
+        request, graphs = self._request, self._graphs
+        kind = building.require_buildable(self._name, wanted, allow=allow)
+        implicit = bool(wanted.options.get("calibration"))
+        part = f"{request.model.stem}-{wanted.precision}-{wanted.target}-failing.onnx"
+        extras = building.Extras(
+            allow,
+            (*self._fixed, *_left_out(graphs.of(kind), kind), *graphs.notes(kind)),
+            self._out / part if request.explain else None,
+            request.limits,
+            functools.partial(prediction.none, *_IMPLICIT) if implicit else functools.partial(graphs.predicted, kind),
+        )
+        return building.build_engine(
+            graphs.of(kind), request.model, self._name, wanted, self._out, graphs.folder, self._narrator, extras
+        )
 
 
 def _left_out(graph: Artifact, kind: str) -> tuple[str, ...]:

@@ -21,6 +21,10 @@ RTX_TURING_INT8 = (
     "TensorRT-RTX runs the convolutions of an INT8 Q/DQ graph in Half on sm75 (T4): the engine is smaller, not faster than "
     "FP16; real INT8 on a T4 needs full TensorRT"
 )
+PREDICTED = (
+    "accuracy: that of the same graph on the CPU, Q/DQ run as written, is told as predicted; on the GPU it is not measured here"
+)
+NOT_PREDICTED = "accuracy: neither measured nor predicted; with --data DATA the same graph is run on the CPU, on samples that do not calibrate"
 RTX_TURING_FP32 = "TensorRT-RTX has no FP32 matrix products for sm75 (T4)"
 RTX_INT8_POINTWISE = (
     "on sm80 and later TensorRT-RTX runs the convolutions in Int8, but they write Float and a pointwise kernel follows each: "
@@ -50,8 +54,6 @@ def expectations(precision: str, target: str, backend: str = "tensorrt-rtx") -> 
         lines.append(UNVALIDATED)
     else:
         lines.append("this plan runs on the GPU model and with the TensorRT version it was built with, and no other")
-    if precision in ("int8", "mixed"):
-        lines.append("its accuracy is not measured here: `deploykit run` predicts it, by running the same Q/DQ graph on the CPU")
     return lines
 
 
