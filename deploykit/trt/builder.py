@@ -76,7 +76,7 @@ def build(trt: Any, model: onnx.ModelProto, path: Path, signature: Signature, sp
     network = builder.create_network(network_flags(trt, typed=not spec.builder_flags))
     parser = trt.OnnxParser(network, logger)
     start = time.perf_counter()
-    if model.ByteSize() < graph.MAX_INLINE_BYTES:
+    if graph.fits_inline(model):
         parsed = parser.parse(model.SerializeToString(deterministic=True))
     else:
         parsed = parser.parse_from_file(str(path))

@@ -24,7 +24,7 @@ def load(path: Path, *, guard: bool = True) -> onnx.ModelProto:
     model = graph.load(path)
     _sort_nodes(model)
     try:
-        onnx.checker.check_model(model if model.ByteSize() < graph.MAX_INLINE_BYTES else str(path))
+        onnx.checker.check_model(model if graph.fits_inline(model) else str(path))
     except (onnx.checker.ValidationError, ValueError) as exc:
         reason = str(exc).strip().splitlines()[0]
         raise ModelError(f"{path.name} is no valid ONNX graph: {reason}", "export it again") from exc

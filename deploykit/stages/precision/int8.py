@@ -191,7 +191,7 @@ def write(
     import onnx
 
     model.producer_name = "deploykit"
-    if model.ByteSize() < graphs.MAX_INLINE_BYTES:
+    if graphs.fits_inline(model):
         try:
             onnx.checker.check_model(model, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:

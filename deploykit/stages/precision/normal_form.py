@@ -166,7 +166,7 @@ def _infer(graph: FloatGraph) -> None:
 
     graph.write_back(graph.nodes)
     found = graph.model
-    if found.ByteSize() < graphs.MAX_INLINE_BYTES:
+    if graphs.fits_inline(found):
         try:
             found = onnx.shape_inference.infer_shapes(found, data_prop=True)
         except Exception as exc:
