@@ -33,7 +33,7 @@ def qdq_conv(
     """x [batch, 8, 16, 16] float32 -> (Cast) -> Q -> DQ -> Conv (int8 weights, DQ) -> Relu -> (Cast) -> y.
 
     scale_through: an operator (Identity, Cast) between the stored scale and the Q/DQ nodes; moved: one (MaxPool, Relu)
-    between DQ and Conv.
+    between DQ and Conv; Cast: to float32, behind the weight's DQ too.
     """
     rng = np.random.default_rng(0)
     half = float_type == np.float16
@@ -60,11 +60,17 @@ def qdq_conv(
     ]
     if weight_dq:
         nodes.append(h.make_node("DequantizeLinear", ["wq", "ws", "wz"], ["wd"], name="dqw", axis=axis))
-    if moved:
+    weight, bias = "wd" if weight_dq else "w", "b"
+    if moved == "Cast":
+        nodes.append(h.make_node("Cast", ["xd"], ["xm"], name="move", to=T.FLOAT))
+        nodes.append(h.make_node("Cast", [weight], ["wf"], name="move_weight", to=T.FLOAT))
+        store.append(nh.from_array(np.zeros(8, np.float32), "bf"))
+        weight, bias = "wf", "bf"
+    elif moved:
         window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]} if moved == "MaxPool" else {}
         nodes.append(h.make_node(moved, ["xd"], ["xm"], name="move", **window))
     nodes += [
-        h.make_node("Conv", ["xm" if moved else "xd", "wd" if weight_dq else "w", "b"], ["c"], name="conv0", pads=[1, 1, 1, 1]),
+        h.make_node("Conv", ["xm" if moved else "xd", weight, bias], ["c"], name="conv0", pads=[1, 1, 1, 1]),
         h.make_node(activation, ["c"], ["a"], name="act"),
         h.make_node("Cast", ["a"], ["y"], name="cast_out", to=T.FLOAT),
     ]
@@ -110,3 +116,31 @@ def attempt_unguarded(path: Path) -> None:
     model = parser_graph.load(path, guard=False)
     signature = graph.signature(model)
     builder.build(trt, model, path, signature, builder.PlanSpec(profiles.for_batches(signature, (1, 2)), "sm89"))
+
+
+def quantized_by_onnxruntime(
+    source: Path, path: Path, unsigned: tuple[bool, bool], per_channel: bool, extras: dict[str, Any]
+) -> Path:
+    """The network of `random_networks` at `source` with ONNX Runtime's Q/DQ nodes. unsigned: activations, weights in uint8."""
+    import random_networks
+    from onnxruntime import quantization as q
+
+    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter([{"x": random_networks.inputs()}])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    kinds = [q.QuantType.QUInt8 if u else q.QuantType.QInt8 for u in unsigned]
+    q.quantize_static(
+        str(source),
+        str(path),
+        Reader(),
+        quant_format=q.QuantFormat.QDQ,
+        activation_type=kinds[0],
+        weight_type=kinds[1],
+        per_channel=per_channel,
+        extra_options=extras,
+    )
+    return path

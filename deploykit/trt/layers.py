@@ -46,6 +46,8 @@ _LINE = re.compile(
     r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<rest>.*)$"
 )
 UNKNOWN = "unknown"
+# Between a DequantizeLinear and the layer that it asks INT8 of.
+_PASSED = ("Transpose", "Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Cast")
 QUANTIZED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -158,7 +160,7 @@ def asked(model: onnx.ModelProto) -> tuple[Asked, ...]:
 
     def source(name: str) -> onnx.NodeProto | None:
         node = maker.get(name)
-        while node is not None and node.op_type in ("Transpose", "Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze"):
+        while node is not None and node.op_type in _PASSED:
             name = node.input[0]
             node = maker.get(name)
         return node

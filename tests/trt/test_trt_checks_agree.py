@@ -16,7 +16,7 @@ from deploykit.stages.checks import api as checks
 
 BACKEND = backends.get("tensorrt-rtx")
 pytestmark = pytest.mark.skipif(BACKEND.missing() is not None, reason=str(BACKEND.missing()))
-SILENTLY_FLOAT = {"DK110", "DK111"}
+SILENTLY_FLOAT = {"DK110", "DK111", "DK116"}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,8 @@ SILENTLY_FLOAT = {"DK110", "DK111"}
         ({"scale_through": "Cast"}, "builds"),
         ({"moved": "MaxPool"}, "builds"),
         ({"moved": "Identity"}, "builds"),
+        ({"moved": "Cast"}, "float"),
+        ({"moved": "Cast", "weight_dq": False}, "float"),
         ({"moved": "Relu"}, "float"),
     ],
 )
@@ -51,6 +53,7 @@ def test_checks_and_builder_agree(tmp_path: Path, how: dict[str, Any], expected:
         return
     assert errors == []
     made = BACKEND.build(artifact(path, "int8"), request, tmp_path)
+    assert made.facts["requested"]["Conv"] == {"Int8": 1}
     assert bool(made.facts["fell_back"]) == (expected == "float") == bool(warned)
 
 

@@ -274,6 +274,12 @@ RULES = _table(
         "a quantized ConvTranspose: TensorRT-RTX runs it in float",
         "leave ConvTranspose in float: its Q/DQ costs accuracy and gains no speed there",
     ),
+    (
+        "DK116",
+        "warning",
+        "a Cast between DequantizeLinear and the layer: the layer silently stays float",
+        "dequantize to the layer's own type: give DequantizeLinear its scale in that type, and leave the Cast out",
+    ),
 )
 
 

@@ -133,13 +133,21 @@ def _scales(node: onnx.NodeProto, scale: np.ndarray, *, stored: bool, half: bool
 
 
 def _dequantizer(graph: Graph, name: str) -> tuple[onnx.NodeProto | None, list[int] | None]:
-    """The DequantizeLinear that makes a tensor, and the permutation of a Transpose between them (None when there is none)."""
+    """The DequantizeLinear that makes a tensor, perhaps through a Cast, and the permutation of a Transpose between them (None when
+    there is none)."""
     node = graph.producer.get(name)
     perm = None
-    if node is not None and node.op_type == "Transpose":
-        perm = attribute(node, "perm")
+    while node is not None and node.op_type in ("Transpose", "Cast") and perm is None:
+        perm = attribute(node, "perm") if node.op_type == "Transpose" else None
         node = graph.producer.get(node.input[0])
     return (node, perm) if node is not None and node.op_type == "DequantizeLinear" else (None, None)
+
+
+def _behind_cast(graph: Graph, name: str) -> str | None:
+    """The tensor that a Cast of a dequantized one reads; None for any other."""
+    node = graph.producer.get(name)
+    is_cast = node is not None and node.op_type == "Cast" and _is_dequantized(graph, node.input[0])
+    return node.input[0] if node is not None and is_cast else None
 
 
 def _is_dequantized(graph: Graph, name: str) -> bool:
@@ -163,7 +171,13 @@ def _is_dequantized(graph: Graph, name: str) -> bool:
 def _operands(graph: Graph, node: onnx.NodeProto) -> Iterator[tuple[str, str]]:
     """The axis of the weight's scales, and whether both operands are quantized."""
     weight, perm = _dequantizer(graph, node.input[1])
-    activation_is, weight_is = (_is_dequantized(graph, name) for name in node.input[:2])
+    casts = [name for name in node.input[:2] if _behind_cast(graph, name) is not None]
+    activation_is, weight_is = (name in casts or _is_dequantized(graph, name) for name in node.input[:2])
+    # Seen in 1.7.1: fused away where the result is cast back at once.
+    if (casts and any(user.op_type != "Cast" for user, _ in graph.consumers.get(node.output[0], []))) or (
+        casts and node.output[0] in graph.outputs
+    ):
+        yield "DK116", f"({node.op_type}) reads '{casts[0]}', a Cast of what was dequantized"
     if activation_is != weight_is:
         which = "weight" if weight_is else "activation"
         yield "DK111", f"({node.op_type}) has only its {which} quantized"

@@ -28,6 +28,7 @@ _SHOWN = 50
 _SENSITIVE = frozenset(
     {"Pow", "ReduceSumSquare", "ReduceL2", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "CumSum", "Range", "Exp"}
 )
+_BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third input is added to the result
 # What follows a sensitive operator and brings its values back into range (a variance, its root, its reciprocal).
 _FOLLOWS = frozenset({"ReduceMean", "ReduceSum", "Add", "Sqrt", "Reciprocal", "Div"})
 
@@ -50,6 +51,7 @@ class HalfWriter:
         """Rewrites the graph's model in place; returns the facts."""
         for i in range(len(self.graph.nodes)):
             self._decide(i)
+        self._keep_dequantizers()
         half = sum(1 for slots in self._outputs.values() if slots)
         self._rewrite()
         return {
@@ -75,6 +77,15 @@ class HalfWriter:
         elif inputs:
             self._inputs[i], self._outputs[i] = inputs, outputs
 
+    def _keep_dequantizers(self) -> None:
+        """A DequantizeLinear that only nodes in float32 read gives float32 itself: TensorRT-RTX (1.7.1) runs a layer in Float where
+        a Cast stands between the two."""
+        for i in [i for i in self._inputs if self.graph.nodes[i].op_type == "DequantizeLinear"]:
+            name = self.graph.nodes[i].output[0]
+            readers = [reader for reader, _ in self.graph.consumers.get(name, ())]
+            if readers and all(r in self.left for r in readers) and name not in self.graph.outputs | self.graph.captured:
+                del self._inputs[i], self._outputs[i]
+
     def _range_reason(self, i: int) -> str | None:
         node = self.graph.nodes[i]
         if node.op_type in _SENSITIVE:
@@ -83,9 +94,9 @@ class HalfWriter:
             before = self.graph.producer.get(node.input[0], -1)
             if before in self.left and "FP16" in self.left[before]:
                 return f"it takes what is beyond FP16 from '{self.graph.nodes[before].name}'"
-        for name in node.input:
+        for k, name in enumerate(node.input):
             if name in self.graph.constants and self.graph.is_float(name):
-                found = self._constant_reason(name)
+                found = self._constant_reason(name, bias=k == 2 and node.op_type in _BIASED)
                 if found:
                     return found
         for name in [*node.input, *node.output]:
@@ -96,12 +107,16 @@ class HalfWriter:
                 return f"its tensor '{name}' stays under {seen.amax:.1g}, where FP16 has few digits or none"
         return None
 
-    def _constant_reason(self, name: str) -> str | None:
+    def _constant_reason(self, name: str, *, bias: bool) -> str | None:
+        """What is against a constant in FP16. A small bias loses nothing: what rounding it shifts the result by, 2^-25 at most, is
+        no more than rounding the result itself."""
         values = np.abs(self.graph.array(name).astype(np.float64)).reshape(-1)
         if values.size == 0:
             return None
         if values.max() > HALF_MAX:
             return f"its constant '{name}' holds {values.max():.3g}; FP16 ends at {HALF_MAX:.0f}"
+        if bias:
+            return None
         if values.size == 1 and 0 < values[0] < HALF_MIN:
             return f"its constant '{name}', {values[0]:.3g}, would be zero in FP16"
         if values.size > 1 and 0 < values.max() < HALF_NORMAL:

@@ -14,6 +14,7 @@ from quantizable_models import ZOO, const, conv, feeds_for, model, node, residua
 from deploykit import graph as graphs
 from deploykit.calibration_table import Range
 from deploykit.errors import InputError, ModelError, StaleCalibration
+from deploykit.stages import checks
 from deploykit.stages.precision import to_fp16, to_int8, to_int8_fp16
 
 
@@ -144,3 +145,32 @@ def test_a_model_in_half_stays_as_it_is(tmp_path: Path) -> None:
     artifact = to_fp16(saved(made, tmp_path), tmp_path / "half.onnx")
     assert artifact.signature == graphs.signature(made)
     assert {t.data_type for t in onnx.load(str(tmp_path / "half.onnx")).graph.initializer} == {TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize(("small", "kept"), [("b", []), ("w", ["conv0"])])
+def test_a_small_bias_keeps_no_layer_in_float(tmp_path: Path, small: str, kept: list[str]) -> None:
+    """Its rounding shifts the result by no more than rounding the result does; small weights are another matter."""
+    weights = [
+        const(name, *shape, scale=1e-8 if name == small else 0.3) for name, shape in {"w": (4, 3, 3, 3), "b": (4,)}.items()
+    ]
+    nodes = [node("Conv", ["x", "w", "b"], ["c"], name="conv0", pads=[1] * 4), node("Relu", ["c"], ["y"], name="relu")]
+    made = model(nodes, weights)
+    assert list(left(to_fp16(saved(made, tmp_path), tmp_path / "half.onnx").facts)) == kept
+
+
+def test_no_cast_stands_between_q_dq_and_a_layer_that_stays_in_float32(tmp_path: Path) -> None:
+    """A table that saw 50,000 behind the first convolution: its Q/DQ give float32 at once, or TensorRT-RTX runs it in float."""
+    weights = [const("w1", 4, 3, 3, 3), const("w2", 4, 4, 3, 3)]
+    made = model([conv("x", "c", "w1"), node("Relu", ["c"], ["r"], name="relu"), conv("r", "y", "w2")], weights)
+    path = saved(made, tmp_path)
+    table = table_for(path)
+    wide = replace(table, observed={**table.observed, "c": Range(-50000.0, 50000.0)})
+    found = to_int8_fp16(path, wide, tmp_path / "q.onnx")
+    assert [row["node"] for row in found.facts["kept_in_fp32"]] == ["conv_c", "relu"]
+    written = onnx.load(tmp_path / "q.onnx")
+    maker = {name: n for n in written.graph.node for name in n.output}
+    (kept,) = (n for n in written.graph.node if n.name == "conv_c")
+    assert [maker[name].op_type for name in kept.input] == ["DequantizeLinear", "DequantizeLinear"]
+    assert [f.code for f in checks.lint(tmp_path / "q.onnx", "tensorrt-rtx")] == []
+    feeds = feeds_for(made, 2)
+    assert sqnr_db(run(made, feeds)[0], run(tmp_path / "q.onnx", feeds, literal=True)[0]) > 25
