@@ -77,8 +77,19 @@ def shares(asked: argparse.Namespace) -> tuple[Samples, Samples]:
         return data.open(spec, signature, preprocess=own)
 
     calib = opened(asked.calib_data) if asked.calib_data else None
-    calibrate, judge = data.split(opened(asked.data), calib=calib, calib_n=asked.n)
+    everything = opened(asked.data)
+    calibrate, judge = data.split(everything, calib=calib, calib_n=asked.n, exclude=_trained_on(asked, everything))
     return calibrate, judge.take(range(min(len(judge), asked.most or len(judge))), judge.role)
+
+
+def _trained_on(asked: argparse.Namespace, samples: Samples) -> list[int]:
+    """The samples that the weights have seen, where --trained-on names what `deploykit finetune` wrote beside them."""
+    if asked.trained_on is None:
+        return []
+    seen = json.loads(asked.trained_on.read_text())["trained_on"]
+    if seen["content"] != samples.content:
+        raise SystemExit(f"{asked.trained_on} is of other data")
+    return [int(i) for i in seen["indices"]]
 
 
 def array_of(samples: Samples) -> NDArray[np.float32]:
@@ -132,8 +143,8 @@ def against(wanted: NDArray[np.float64], found: NDArray[np.float64], labels: NDA
     return row
 
 
-def speeds(requests: dict[str, Any], rounds: int = 24, runs: int = 5) -> dict[str, float]:
-    """Times as fast as FP32, by row: the median over rounds of time of FP32 / time of the row, each a window in turn."""
+def speeds(requests: dict[str, Any], rounds: int = 24, runs: int = 5, base: str = "fp32") -> dict[str, float]:
+    """Times as fast as the row `base`, by row: the median over rounds of its time / time of the row, each a window in turn."""
     ratios: dict[str, list[float]] = {label: [] for label in requests}
     for _ in range(rounds):
         spent = {}
@@ -144,7 +155,7 @@ def speeds(requests: dict[str, Any], rounds: int = 24, runs: int = 5) -> dict[st
                 request.infer()
             spent[label] = time.perf_counter() - start
         for label in requests:
-            ratios[label].append(spent["fp32"] / spent[label])
+            ratios[label].append(spent[base] / spent[label])
     return {label: float(np.median(values)) for label, values in ratios.items()}
 
 
@@ -155,6 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calib-data", help="what calibrates; default: a share of --data")
     parser.add_argument("--preprocess")
     parser.add_argument("-n", type=int, default=256, help="calibration samples, at most")
+    parser.add_argument("--trained-on", type=Path, help="the manifest of the weights: what they have seen does not calibrate")
     parser.add_argument("--most", type=int, help="judge on at most so many samples")
     parser.add_argument("--only", default="", help="rows whose name is one of these, separated by ';'")
     parser.add_argument("--add", action="store_true", help="keep the rows of an earlier run that this one does not take again")

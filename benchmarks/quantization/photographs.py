@@ -63,6 +63,7 @@ class Photograph:
 def downloaded(folder: Path) -> Path:
     """The folder with the packages unpacked, one sub-folder each; what is there already is not fetched again."""
     files = folder / "packages"
+    files.mkdir(parents=True, exist_ok=True)
     for package in DEBIAN:
         if not (files / package).is_dir():
             archives = folder / "archives"

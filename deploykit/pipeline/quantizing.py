@@ -156,6 +156,7 @@ def _mixed_file(
 ) -> Artifact:
     """The mixed graph for the budget at `out`; whatever is best so far lies there already while the search goes on."""
     from deploykit.pipeline import mixed
+    from deploykit.pipeline.mixed_trials import Task
     from deploykit.stages.mixed import Budget
 
     budget = request.budget or Budget()  # which raises: there is none
@@ -167,7 +168,7 @@ def _mixed_file(
     calibrate, tune = mixed.tuning_share(calibration)
     recipe = Int8Recipe(request.int8, calibrate)
     table = make_table(model, path, request, calibrate, narrator)
-    task = mixed.Task(path, layout, table, recipe, budget, tune, judge)
+    task = Task(path, layout, table, recipe, budget, tune, judge)
     kept = {k: v for k, v in model.artifact.facts.items() if k in ("preprocess", "classes", "equalized")}
 
     def finished(made: Artifact) -> Artifact:
@@ -189,10 +190,10 @@ def _mixed_file(
             shutil.rmtree(copy, ignore_errors=True)
             copy.mkdir()
             for name in [made.path.name, *made.companions]:
-                shutil.copyfile(made.path.parent / name, copy / (out.name if name == made.path.name else name))
+                shutil.copyfile(made.path.parent / name, copy / name)
             deliver(finished(replace(made, path=copy / out.name)), out)
 
-        made = mixed.find(task, folder, out.with_name(out.name + ".search.json"), narrator, better)
+        made = mixed.find(task, folder, out.with_name(out.name + ".search.json"), narrator, better, name=out.name)
         better(made)
         return artifacts.load(out)
 

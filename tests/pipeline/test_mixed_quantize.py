@@ -14,15 +14,16 @@ import tiny_models
 pytest.importorskip("onnxruntime")
 
 from deploykit import artifact as artifacts
+from deploykit import children, graph
 from deploykit.errors import InputError, ModelError
-from deploykit.pipeline import line, mixed, quantizing, single
+from deploykit.pipeline import line, mixed, mixed_speed, mixed_trials, quantizing, single
 from deploykit.pipeline.request import DataRequest, Int8Request, RowsRequest, Silent, SourceRequest
 from deploykit.stages.mixed import Budget
 
 
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixed, "DURATION", "smoke")
+    monkeypatch.setattr(mixed_speed, "DURATION", "smoke")
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_mixed_meets_its_budget_and_goes_on_from_what_it_has(net: Path, monkeypa
         raise AssertionError("evaluated again")
 
     notes = json.loads((net.parent / "out.onnx.search.json").read_text())
-    monkeypatch.setattr(mixed, "contributions", never)
+    monkeypatch.setattr(mixed_trials, "contributions", never)
     again: Any = quantize(net, "mixed", budget=Budget(min_sqnr_db=limit)).facts["mixed"]
     assert again["kept_in_float"] == doc["kept_in_float"] and again["judged"] == doc["judged"]
     assert json.loads((net.parent / "out.onnx.search.json").read_text()) == notes
@@ -167,3 +168,25 @@ def test_a_damaged_file_of_trials_is_begun_anew(damage: str, tmp_path: Path) -> 
     notes.write_text(json.dumps(good))
     assert mixed._known(notes, "m") == good
     assert mixed._known(notes, "other") == {"mark": "other", "trials": {}}
+
+
+def test_two_mixed_graphs_in_one_folder_each_have_their_own_weights(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 2 GiB weights lie beside the graph (here: always), in a file named after it."""
+
+    def here(_: str, function: Any, *args: Any, **_options: Any) -> Any:
+        return function(*args)
+
+    def apart(model: onnx.ModelProto, path: Path) -> tuple[str, ...]:
+        data = path.name + ".data"
+        onnx.save_model(model, str(path), save_as_external_data=True, location=data, size_threshold=0)
+        return (data,)
+
+    monkeypatch.setattr(graph, "save", apart)
+    monkeypatch.setattr(children, "run", here)
+    monkeypatch.setattr(mixed_speed, "beside", lambda *_: {})
+    request = DataRequest(str(net.parent / "data.npz"), calib_n=16, method="minmax", budget=Budget(min_sqnr_db=1.0))
+    for name in ("one.onnx", "two.onnx"):
+        made = quantizing.quantize_file(net, "mixed", "cpu", net.parent / name, request, Silent(), {})
+        assert tuple(made.companions) == (f"{name}.data",) and (net.parent / f"{name}.data").is_file()
+    (net.parent / "two.onnx.data").unlink()
+    assert artifacts.load(net.parent / "one.onnx").path.is_file()
