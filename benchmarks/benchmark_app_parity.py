@@ -1,11 +1,12 @@
 """What deploykit's harness costs: its OpenVINO rows beside OpenVINO's own `benchmark_app`, in turns, on the same IR file.
 
-    python benchmarks/benchmark_app_parity.py [--turns 24] [--seconds 2] [--fp32 M.onnx --int8 M.onnx] [--json FILE]
+    python benchmarks/benchmark_app_parity.py [--turns 24] [--seconds 2] [--streams 1] [--fp32 M.onnx --int8 M.onnx] [--json FILE]
 
 Each turn starts both afresh, in alternating order, on the same file, batch 1, threads, latency hint and precision hint:
 `benchmark_app -api sync`, and a deploykit child as `bench` uses it (open, four different inputs bound, warm-up, one
 window). The throughput ratio of a turn is ours over theirs, runs over wall clock on both sides; the latency ratio is
 theirs over ours of the medians (benchmark_app's latency is taken inside the library, without the call from Python).
+With --streams 2 both keep two requests running (`benchmark_app -hint throughput -api async`), and only the throughput is compared.
 The answer is the median over the turns with its bootstrap interval. benchmark_app against itself varies by 6 % a pair.
 
 Goals: within 2 % for FP32 and 4 % for INT8. Without --fp32 and --int8: ResNet-18 at 224x224 with random weights, INT8 by
@@ -35,6 +36,7 @@ from deploykit.session import BuildRequest, OpenRequest
 
 GOALS = {"fp32": 0.02, "int8": 0.04}
 POOL = 4
+_SAID = ("Median", "Throughput", "Count", "INFERENCE_NUM_THREADS", "NUM_STREAMS")
 
 
 def resnet18(folder: Path) -> dict[str, Path]:
@@ -61,30 +63,35 @@ def resnet18(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def theirs(engine: Artifact, threads: int, seconds: float, folder: Path) -> dict[str, float]:
-    """benchmark_app's throughput and median latency. Its -nthreads rules out -hint, so the threads go by a config file."""
+def theirs(engine: Artifact, threads: int, streams: int, seconds: float, folder: Path) -> dict[str, float]:
+    """benchmark_app's throughput and median latency. Its -nthreads and -nstreams rule out -hint, so they go by a config file."""
     config = folder / "config.json"
-    config.write_text(json.dumps({"CPU": {"INFERENCE_NUM_THREADS": str(threads), "INFERENCE_PRECISION_HINT": "f32"}}))
+    properties = {"INFERENCE_NUM_THREADS": str(threads), "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": str(streams)}
+    config.write_text(json.dumps({"CPU": properties}))
     shapes = ",".join(f"{n}[{','.join(map(str, s))}]" for n, s in engine.signature.shapes(1).items())
     app = Path(sys.executable).with_name("benchmark_app")
-    command = [str(app), "-m", str(engine.path), "-d", "CPU", "-hint", "latency", "-api", "sync", "-shape", shapes]
+    way = (
+        ["-hint", "latency", "-api", "sync"] if streams == 1 else ["-hint", "throughput", "-api", "async", "-nireq", str(streams)]
+    )
+    command = [str(app), "-m", str(engine.path), "-d", "CPU", *way, "-shape", shapes]
     command += ["-t", str(max(1, round(seconds))), "-load_config", str(config)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {k: re.search(rf"{k}:\s+([\d.]+)", said) for k in ("Median", "Throughput", "Count", "INFERENCE_NUM_THREADS")}
+    found = {k: re.search(rf"{k}:\s+([\d.]+)", said) for k in _SAID}
     values = {k: float(m[1]) for k, m in found.items() if m is not None}
     assert len(values) == len(found), said
-    assert values["INFERENCE_NUM_THREADS"] == threads, said
+    assert (values["INFERENCE_NUM_THREADS"], values["NUM_STREAMS"]) == (threads, streams), said
     return {"images_per_s": values["Throughput"], "p50_s": values["Median"] / 1e3, "n": values["Count"]}
 
 
-def ours(engine: Artifact, precision: str, threads: int, seconds: float) -> dict[str, float]:
+def ours(engine: Artifact, precision: str, threads: int, streams: int, seconds: float) -> dict[str, float]:
     """deploykit's, from a child process of its own."""
     rng = np.random.default_rng(1)
     shapes = engine.signature.shapes(1)
     pool = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(POOL)]
     with Child("deploykit", threads=threads) as child:
-        opened = child.call(hosted.open_engine, "openvino", engine.path, OpenRequest(precision, 1, threads))
-        assert (opened.precision, opened.threads) == (precision, threads), opened
+        request = OpenRequest(precision, 1, threads, options=backends.opening_options("openvino", streams, None))
+        opened = child.call(hosted.open_engine, "openvino", engine.path, request)
+        assert (opened.precision, opened.threads, opened.streams) == (precision, threads, streams), opened
         child.call(hosted.bind_inputs, pool)
         window = child.call(hosted.window, seconds)
     return {
@@ -105,21 +112,21 @@ def compare(model: Path, precision: str, options: argparse.Namespace, folder: Pa
     for turn in range(options.turns):
         load = os.getloadavg()[0]
         if turn % 2:
-            mine = ours(engine, precision, options.threads, options.seconds)
-            other = theirs(engine, options.threads, options.seconds, folder)
+            mine = ours(engine, precision, options.threads, options.streams, options.seconds)
+            other = theirs(engine, options.threads, options.streams, options.seconds, folder)
         else:
-            other = theirs(engine, options.threads, options.seconds, folder)
-            mine = ours(engine, precision, options.threads, options.seconds)
+            other = theirs(engine, options.threads, options.streams, options.seconds, folder)
+            mine = ours(engine, precision, options.threads, options.streams, options.seconds)
         turns.append({"deploykit": mine, "benchmark_app": other, "load": load})
         print(
             f"{precision} turn {turn + 1}: {mine['p50_s'] * 1e3:.3f} ms, benchmark_app {other['p50_s'] * 1e3:.3f} ms",
             file=sys.stderr,
         )
     result: dict[str, Any] = {"precision": precision, "goal": GOALS[precision], "turns": turns}
-    for name, ratios in (
-        ("throughput", [t["deploykit"]["images_per_s"] / t["benchmark_app"]["images_per_s"] for t in turns]),
-        ("latency", [t["benchmark_app"]["p50_s"] / t["deploykit"]["p50_s"] for t in turns]),
-    ):
+    ratios_of = {"throughput": [t["deploykit"]["images_per_s"] / t["benchmark_app"]["images_per_s"] for t in turns]}
+    if options.streams == 1:
+        ratios_of["latency"] = [t["benchmark_app"]["p50_s"] / t["deploykit"]["p50_s"] for t in turns]
+    for name, ratios in ratios_of.items():
         ratio = bootstrap_ratio([np.array([r]) for r in ratios])
         result[name] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "spread": [min(ratios), max(ratios)]}
     result["outcome"] = outcome(result["throughput"]["low"], result["throughput"]["high"], GOALS[precision])
@@ -141,8 +148,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fp32", type=Path)
     parser.add_argument("--int8", type=Path)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "benchmark_app_parity.json")
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    mode = f"_{options.streams}_streams" if options.streams > 1 else ""
+    kept = options.json or Path(__file__).parent / "results" / f"benchmark_app_parity{mode}.json"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given = {"fp32": options.fp32, "int8": options.int8}
@@ -155,15 +165,16 @@ def main() -> int:
         "machine": machine.describe(),
         "versions": backends.get("openvino").versions(),
         "threads": options.threads,
+        "streams": options.streams,
         "seconds": options.seconds,
         "load_average": {"median": float(np.median(loads)), "max": max(loads)},
         "results": results,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(doc, indent=1) + "\n")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(doc, indent=1) + "\n")
     for result in results:
         print(f"{result['precision']}: {result['outcome']}")
-        for kind in ("throughput", "latency"):
+        for kind in [k for k in ("throughput", "latency") if k in result]:
             r = result[kind]
             print(
                 f"{result['precision']} {kind}: {r['ratio']:.3f} of benchmark_app (95 % interval {r['low']:.3f} to {r['high']:.3f}, "

@@ -20,6 +20,7 @@ STATUSES = ("ok", "built", "skipped", "failed")
 OUTCOMES = ("pass", "fail", "inconclusive")
 REPORT_FILE = "report.json"
 MEASUREMENTS_FILE = "measurements.json"
+UNFINISHED_FILE = ".unfinished"  # in a run's folder while its files are replaced: some are the older run's
 # MLPerf inference rules: a candidate may lose at most 1 % of the reference's accuracy.
 MLPERF_FLOOR = 0.99
 
@@ -234,9 +235,15 @@ _REMEDY = "give a report.json that `deploykit run` or `deploykit bench --json` w
 def load(path: Path) -> Report:
     """The report in a report.json, or in a run's folder, with the raw measurements of the file beside it where there is one.
 
-    Raises InputError when there is none, or when it is not a whole, well-formed report of this schema version.
+    Raises InputError when there is none, when it is not a whole, well-formed report of this schema version, and when a run was
+    killed while it replaced the folder's files, so that the report and the engines may be of two runs.
     """
     file = path / REPORT_FILE if path.is_dir() else path
+    if file.name == REPORT_FILE and file.with_name(UNFINISHED_FILE).exists():
+        raise InputError(
+            f"a run ended, or still is, in the middle of replacing the files of {file.parent}",
+            "run it again; what was built and measured is kept in the store",
+        )
     doc = _read_json(file)
     side = file.with_name(MEASUREMENTS_FILE)
     measurements: dict[str, Any] = {}

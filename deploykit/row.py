@@ -13,7 +13,7 @@ class Row:
     percentage points (positive = worse), speedup over the report's reference at the same batch. roofline_share: of the
     nearer ceiling, a fraction; bound_by: compute | memory | overhead. scenario: of
     MLPerf's LoadGen, its figure in `scenario_unit` (s or samples/s), and its own verdict. streams: requests at once, which
-    share the threads."""
+    share the threads. layout: of images and filters in memory, where it is not the backend's usual one."""
 
     name: str
     backend: str
@@ -54,6 +54,7 @@ class Row:
     scenario_unit: str | None = None
     scenario_valid: bool | None = None
     streams: int | None = None
+    layout: str | None = None
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:

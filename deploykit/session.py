@@ -12,6 +12,8 @@ from deploykit.samples import Samples
 from deploykit.signature import Feeds, Outputs, ShapeRange, Signature
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-dynamic", "mixed")
+# How a session keeps images and filters in memory; the first is what nobody has to ask for.
+LAYOUTS = ("channels-first", "channels-last")
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class Session(Protocol):
 class Backend(Protocol):
     """One engine kind. Importing its module is free; `missing` and `versions` import nothing heavy.
 
-    A backend may also say `concurrent = True` (its sessions can run several requests at once) and `opening_s` (about how long a
-    process takes to open an engine and warm it up).
+    A backend may also say `concurrent = True` (its sessions can run several requests at once), `layouts` (those of LAYOUTS that
+    `OpenRequest.options['layout']` can ask of it; without it, its engines choose by themselves), `from_fp32` (precisions for which
+    `build` takes its own FP32 engine in place of the source, so that one conversion serves them all) and `opening_s` (about how
+    long a process takes to open an engine and warm it up).
     """
 
     name: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 
+from deploykit.artifact import Json
 from deploykit.errors import UnknownName
-from deploykit.session import Backend
+from deploykit.session import LAYOUTS, Backend
 
 # name -> module; each module exposes BACKEND
 MODULES = {
@@ -56,3 +57,23 @@ def opening_s(name: str) -> float:
 def concurrent(name: str) -> bool:
     """Whether a session of that backend can run several requests at once (`Session.streams`)."""
     return bool(getattr(get(name), "concurrent", False))
+
+
+def from_fp32(name: str, precision: str) -> bool:
+    """Whether that backend makes its engine of this precision of its FP32 engine (`from_fp32`)."""
+    return precision in getattr(get(name), "from_fp32", ())
+
+
+def layouts(name: str) -> tuple[str, ...]:
+    """The memory layouts that a session of that backend can be asked for; one where the engine chooses by itself."""
+    return tuple(getattr(get(name), "layouts", LAYOUTS[:1]))
+
+
+def opening_options(name: str, streams: int | None, layout: str | None) -> dict[str, Json]:
+    """`OpenRequest.options` for so many requests at once and a layout, as far as that backend has them."""
+    options: dict[str, Json] = {}
+    if streams is not None and streams > 1 and concurrent(name):
+        options["streams"] = streams
+    if layout is not None and layout in layouts(name)[1:]:
+        options["layout"] = layout
+    return options

@@ -13,7 +13,7 @@ from deploykit.backends import installed, opened, torch_source
 from deploykit.backends.torch_eager import autocast, without_bf16
 from deploykit.children import report_progress
 from deploykit.errors import BackendFailed, DeploykitError
-from deploykit.session import BuildRequest, Missing, OpenRequest, Session
+from deploykit.session import LAYOUTS, BuildRequest, Missing, OpenRequest, Session
 from deploykit.signature import Signature
 
 NAME = "torch-compile"
@@ -25,6 +25,7 @@ class TorchCompile:
     name = NAME
     opening_s = 15.0
     extra = "torch"
+    layouts = LAYOUTS
 
     def missing(self) -> Missing | None:
         """Why it cannot compile here: no torch, no C++ compiler, no Python headers (its kernels are a Python extension)."""
@@ -80,12 +81,13 @@ class TorchCompile:
         opened.require_batch(engine.signature, request)
         shapes = engine.signature.shapes(request.batch, request.shapes)
         source = torch_source.load(engine)
+        laid_out = torch_source.lay_out(source.module, request)
         torch.set_num_threads(request.threads)  # before compiling: Inductor writes the number into its loops
         step = autocast(source.module) if request.precision == "bf16" else source.module
         report_progress(f"compiling at batch {request.batch}", 0.2)
         compiled = _compile(step, engine.signature, shapes)
         report_progress("compiled", 1.0)
-        notes = ("autocast to BF16",) if request.precision == "bf16" else ()
+        notes = (*(("autocast to BF16",) if request.precision == "bf16" else ()), *laid_out)
         return torch_source.TorchSession(compiled, source, engine.signature, request, request.precision, notes, static=True)
 
 

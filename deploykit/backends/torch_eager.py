@@ -13,7 +13,7 @@ from deploykit import machine
 from deploykit.artifact import Artifact
 from deploykit.backends import installed, opened, torch_source
 from deploykit.errors import BackendFailed, MissingBackend
-from deploykit.session import BuildRequest, Missing, OpenRequest, Session
+from deploykit.session import LAYOUTS, BuildRequest, Missing, OpenRequest, Session
 
 NAME = "torch"
 _PRECISIONS = ("fp32", "bf16", "int8-dynamic")
@@ -25,6 +25,7 @@ class TorchEager:
     name = NAME
     opening_s = 5.0
     extra = "torch"
+    layouts = LAYOUTS
 
     def missing(self) -> Missing | None:
         """Why PyTorch is not here; None when it is."""
@@ -74,13 +75,14 @@ class TorchEager:
         """The module in eval mode. Raises MissingBackend for dynamic INT8 of a model without Linear layers."""
         opened.require_batch(engine.signature, request)
         source = torch_source.load(engine)
+        laid_out = torch_source.lay_out(source.module, request)
         step: Callable[..., Any] = source.module
         notes: tuple[str, ...] = ()
         if request.precision == "bf16":
             step, notes = autocast(step), ("autocast to BF16, weights kept in FP32",)
         elif request.precision == "int8-dynamic":
             step, notes = _quantized(source.module)
-        return torch_source.TorchSession(step, source, engine.signature, request, request.precision, notes)
+        return torch_source.TorchSession(step, source, engine.signature, request, request.precision, (*notes, *laid_out))
 
 
 def autocast(step: Callable[..., Any]) -> Callable[..., Any]:

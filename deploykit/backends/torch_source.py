@@ -15,7 +15,7 @@ from deploykit import source_spec
 from deploykit.artifact import Artifact
 from deploykit.backends import installed, opened
 from deploykit.errors import BackendFailed, DeploykitError, ModelError
-from deploykit.session import BuildRequest, OpenRequest
+from deploykit.session import LAYOUTS, BuildRequest, OpenRequest
 from deploykit.signature import Feeds, Outputs, Signature
 from deploykit.source_spec import SourceSpec
 
@@ -90,6 +90,17 @@ def positional(source: LoadedSource, signature: Signature) -> torch.nn.Module:
             return tuple(found[name] for name in outputs)
 
     return Positional().eval()
+
+
+def lay_out(module: torch.nn.Module, request: OpenRequest) -> tuple[str, ...]:
+    """Brings the module's filters into the layout asked for (`options['layout']`), and says so; activations follow the filters,
+    from the first convolution on, whose input is converted in each call."""
+    import torch
+
+    if request.options.get("layout", LAYOUTS[0]) == LAYOUTS[0]:
+        return ()
+    module.to(memory_format=torch.channels_last)
+    return ("filters and activations channels-last",)
 
 
 def at_shapes(example: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

@@ -95,8 +95,7 @@ def rules(path: Path) -> tuple[Rule, ...]:
                 unknown = UnknownName(kind, str(chosen[kind]), choices)
                 raise InputError(f"{where}: {unknown.message}", unknown.remedy)
         values = {k.replace("-", "_"): _number(item[k]) / 100 for k, unit in LIMITS.items() if k in item and unit == "%"}
-        if "max-drop" in item:
-            values["max_drop_pp"] = _number(item["max-drop"])
+        values |= {f"{k.replace('-', '_')}_pp": _number(item[k]) for k, unit in LIMITS.items() if k in item and unit == "pp"}
         if values.get("max_slowdown", 0.0) >= 1:
             raise InputError(f"{where}: a max-slowdown of {item['max-slowdown']} allows any", "give less than 100%")
         found.append(gate.Rule(chosen, gate.Limits(**values)))

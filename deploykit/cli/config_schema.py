@@ -16,7 +16,7 @@ REPEATED = ("input", "shapes")  # one option for each item; the others join thei
 _NUMBER = r"(\d+(\.\d*)?|\.\d+)"
 # unit -> (pattern, how to say it)
 UNITS: Mapping[str, tuple[str, str]] = {
-    "pp": (rf"^\s*{_NUMBER}\s*pp\s*$", "percentage points of top-1, like 0.5pp"),
+    "pp": (rf"^\s*{_NUMBER}\s*pp\s*$", "percentage points, like 0.5pp"),
     "%": (rf"^\s*{_NUMBER}\s*%\s*$", "a percentage, like 5%"),
 }
 LIMITS: Mapping[str, str] = {
@@ -25,6 +25,7 @@ LIMITS: Mapping[str, str] = {
     "max-size-growth": "%",
     "max-memory-growth": "%",
     "max-startup-growth": "%",
+    "max-disagreement": "pp",
 }
 _WHERE = {
     "name": "rows of this model only",

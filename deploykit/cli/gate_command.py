@@ -24,6 +24,7 @@ def gate(
     report_file: Annotated[Path, typer.Argument(metavar="REPORT", help="A run's folder or its report.json.")],
     baseline: o.Baseline = None,
     max_drop: o.MaxDrop = None,
+    max_disagreement: o.MaxDisagreement = None,
     max_slowdown: o.MaxSlowdown = None,
     max_size_growth: o.MaxSizeGrowth = None,
     max_memory_growth: o.MaxMemoryGrowth = None,
@@ -52,11 +53,11 @@ def gate(
     """
     from deploykit.pipeline import gating
 
+    asked = (max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, max_disagreement)
     if update:
         if baseline is None:
             raise InputError("--update needs the baseline to move", "add --baseline BASE")
-        judging = (max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits, remeasure, data, junit)
-        if any(given is not None for given in judging):
+        if any(given is not None for given in (*asked, limits, remeasure, data, junit)):
             raise InputError(
                 "--update moves the baseline and judges nothing", "leave limits, --remeasure, --data and --junit out"
             )
@@ -67,7 +68,7 @@ def gate(
             for line in [*lines, f"the baseline is now {written}"]:
                 say(line)
         return EXIT_PASSED
-    held = parsing.limits(max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits)
+    held = parsing.limits(*asked, limits)
     request = gating.GateRequest(baseline, held, remeasure, gating.Again(duration, data, preprocess))
     gating.check(request, own_machine=False)
     with Bar() as bar:

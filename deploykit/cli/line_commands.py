@@ -13,6 +13,7 @@ from deploykit.cli.line_options import LineOptions
 from deploykit.cli.options import add
 from deploykit.cli.printing import show_report
 from deploykit.cli.terminal import Bar
+from deploykit.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +33,7 @@ def run(
     recalibrate: o.Recalibrate = False,
     baseline: o.Baseline = None,
     max_drop: o.MaxDrop = None,
+    max_disagreement: o.MaxDisagreement = None,
     max_slowdown: o.MaxSlowdown = None,
     max_size_growth: o.MaxSizeGrowth = None,
     max_memory_growth: o.MaxMemoryGrowth = None,
@@ -49,7 +51,8 @@ def run(
     from deploykit.pipeline import delivery, gating, line
     from deploykit.pipeline.request import SourceRequest
 
-    held = parsing.limits(max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, limits)
+    lost = (max_drop, max_slowdown, max_size_growth, max_memory_growth, max_startup_growth, max_disagreement)
+    held = parsing.limits(*lost, limits)
     asked = gating.GateRequest(baseline, held, again=gating.Again(options.duration))
     origin = SourceRequest(
         source,
@@ -92,6 +95,8 @@ def bench(
     from deploykit.pipeline import delivery, line
     from deploykit.pipeline.request import SourceRequest
 
+    if logs is not None and options.scenario is None:
+        raise InputError("--logs keeps LoadGen's logs, and nothing runs it", "add --scenario SingleStream")
     specs, classes = parsing.inputs(options.inputs), parsing.positive(options.num_classes, "--num-classes")
     request = options.request([SourceRequest(t, options.weights, classes, specs) for t in targets], remeasure=True)
     with Bar() as bar:

@@ -47,6 +47,7 @@ class LineOptions:
     store: o.StoreFolder = Path("engines")
     aa: o.AA = False
     streams: o.Streams = 1
+    layout: o.Layout = "channels-first"
     scenario: o.Scenario = None
     server_latency: o.ServerLatency = "15ms"
 
@@ -66,7 +67,7 @@ class LineOptions:
         parsing.positive(self.calib_n, "--calib-n")
         parsing.positive(self.threads, "--threads")
         precisions = parsing.names(self.precision)
-        load = parsing.load(self.streams, self.scenario, self.server_latency)
+        load = parsing.load(self.streams, self.layout, self.scenario, self.server_latency)
         data = DataRequest(
             data=self.data,
             calib_data=self.calib_data,
@@ -91,6 +92,7 @@ class LineOptions:
             aa=self.aa,
             remeasure=remeasure,
             streams=load.streams,
+            layout=load.layout,
             scenario=load.scenario,
             server_latency_s=load.server_latency_s,
         )

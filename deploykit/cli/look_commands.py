@@ -12,7 +12,7 @@ from deploykit.cli import parsing
 from deploykit.cli.options import add
 from deploykit.cli.printing import say, show_comparison, show_json, show_report, show_rows
 from deploykit.cli.terminal import Bar
-from deploykit.errors import EXIT_FAILED, EXIT_PASSED
+from deploykit.errors import EXIT_FAILED, EXIT_PASSED, InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -144,9 +144,11 @@ def explain(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished run's folder.")],
     against: Annotated[Path | None, typer.Option("--compare", help="Another run, to show beside this one.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the comparison as Markdown.")] = None,
     json_file: o.JsonFile = None,
 ) -> int:
-    """Renders a finished run again: the table here, and its .md, .csv and .html files anew.
+    """Renders a finished run again: the table here, and its .md, .csv and .html files anew. With --compare: the two runs' figures
+    beside each other, and what makes the runs unlike.
 
     Example:  deploykit report out    Example:  deploykit report before --compare after
     """
@@ -154,11 +156,15 @@ def report(
 
     if against is not None:
         before, after = delivery.two_reports(folder, against)
+        if markdown_file is not None:
+            delivery.write_comparison(before, after, markdown_file)
         if json_file is not None:
             show_json({"before": before.to_json(), "after": after.to_json()}, json_file)
         if json_file != "-":
             show_comparison(before, after)
         return EXIT_PASSED
+    if markdown_file is not None:
+        raise InputError("--markdown writes a comparison, and there is none", "add --compare RUN; a run's own is its report.md")
     found, written = delivery.render_again(folder)
     show_report(found, json_file, [f"wrote {path}" for path in written])
     return EXIT_PASSED

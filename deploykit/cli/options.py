@@ -141,6 +141,13 @@ JsonFile = Annotated[
     str | None, typer.Option("--json", help="Write JSON to this file; '-' is standard output and nothing else there.")
 ]
 MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Gate: the largest drop in top-1, e.g. 0.5pp.")]
+MaxDisagreement = Annotated[
+    str | None,
+    typer.Option(
+        "--max-disagreement",
+        help="Gate: the largest share of samples with another top-1 than the reference's, e.g. 1pp; no labels needed.",
+    ),
+]
 MaxSlowdown = Annotated[
     str | None, typer.Option("--max-slowdown", help="Gate: the largest slow-down against the baseline, e.g. 5%.")
 ]
@@ -162,6 +169,10 @@ Baseline = Annotated[
 ]
 Streams = Annotated[
     int, typer.Option(help="Requests kept running at once, on backends that can (openvino); the others run one at a time.")
+]
+Layout = Annotated[
+    str,
+    typer.Option(help="channels-first or channels-last: how torch and torch-compile keep images and filters; others choose."),
 ]
 Scenario = Annotated[
     str | None,

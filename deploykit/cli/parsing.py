@@ -138,20 +138,33 @@ def memory_bytes(text: str, option: str) -> int:
 
 @dataclass(frozen=True)
 class Load:
-    """How a row is loaded: requests at once, LoadGen's scenario, Server's bound."""
+    """How a row is run and loaded: requests at once, layout in memory, LoadGen's scenario, Server's bound."""
 
     streams: int
+    layout: str
     scenario: str | None
     server_latency_s: float
 
 
-def load(streams: int, scenario: str | None, server_latency: str) -> Load:
-    """The options of the load. Raises UnknownName for a scenario, InputError for a latency or a count that is none."""
+def load(streams: int, layout: str, scenario: str | None, server_latency: str) -> Load:
+    """The options of the load. Raises UnknownName for a scenario or a layout, InputError for a latency or a count that is none."""
     from deploykit import loadgen
 
     positive(streams, "--streams")
+    layouts(layout)
     name = loadgen.scenario(scenario) if scenario is not None else None
-    return Load(streams, name, loadgen.latency_s(server_latency, "--server-latency"))
+    return Load(streams, layout, name, loadgen.latency_s(server_latency, "--server-latency"))
+
+
+def layouts(text: str | None) -> tuple[str, ...] | None:
+    """Layouts in memory, separated by commas; None for None. Raises UnknownName."""
+    from deploykit.session import LAYOUTS
+
+    found = names(text)
+    for name in found or ():
+        if name not in LAYOUTS:
+            raise UnknownName("layout", name, LAYOUTS)
+    return found
 
 
 def budget(max_drop: str | None, min_sqnr: float | None, min_agreement: float | None) -> Budget | None:
@@ -170,6 +183,7 @@ def limits(
     max_size_growth: str | None,
     max_memory_growth: str | None,
     max_startup_growth: str | None,
+    max_disagreement: str | None,
     file: Path | None,
 ) -> LimitSet:
     """The gate's limits: the options stand for every row, the file's `limits` list for the rows it names."""
@@ -184,6 +198,7 @@ def limits(
         growth(max_size_growth, "--max-size-growth"),
         growth(max_memory_growth, "--max-memory-growth"),
         growth(max_startup_growth, "--max-startup-growth"),
+        gate.parse_disagreement(max_disagreement) if max_disagreement is not None else None,
     )
     from deploykit.cli import config
 

@@ -42,6 +42,12 @@ def sweep(
     streams: Annotated[
         str | None, typer.Option(help="Requests at once, separated by commas; default: 1, 2, 4, ... up to the threads.")
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="channels-first, channels-last or both, separated by a comma; default: both, on backends with a choice."
+        ),
+    ] = None,
     max_latency: Annotated[
         str | None, typer.Option("--max-latency", help="The 90th percentile of a run stays within this, e.g. 5ms.")
     ] = None,
@@ -63,7 +69,7 @@ def sweep(
     store: o.StoreFolder = Path("engines"),
     json_file: o.JsonFile = None,
 ) -> int:
-    """The best of batch x threads x streams x precision x backend under limits, with the command that measures it again, and
+    """The best of batch x threads x streams x layout x precision x backend under limits, with the command that measures it again, and
     the Pareto front of latency, throughput, accuracy and size. Exit code 1: nothing keeps the limits; 4: every configuration
     failed; 5: the samples are too few to show that the recommendation keeps --max-drop.
 
@@ -116,6 +122,7 @@ def sweep(
         limits,
         parsing.counts(threads, "--threads"),
         parsing.counts(streams, "--streams"),
+        parsing.layouts(layout),
         objective,
         parsing.seconds(budget, "--budget") if budget is not None else None,
         command,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+from deploykit import backends
 from deploykit.artifact import Artifact
 from deploykit.drift import Drift
 from deploykit.errors import EXIT_BACKEND, EXIT_MISSING, EXIT_PASSED, BackendFailed, DeploykitError, MissingBackend
@@ -57,7 +59,11 @@ def rows_of(planned: Sequence[PlannedRow], built: Built, results: Results | None
             copy = results.measured.get(row.id + AA_SUFFIX)
             if isinstance(copy, Measurement):
                 table.append(_measured(row, copy, built, results, extra="A/A: the reference again, in processes of its own"))
-    return table
+    return [_with_layout(row, request.layout) for row in table]
+
+
+def _with_layout(row: Row, layout: str) -> Row:
+    return replace(row, layout=layout) if row.status == "ok" and layout in backends.layouts(row.backend)[1:] else row
 
 
 def _row(row: PlannedRow, built: Built, results: Results | None) -> Row:

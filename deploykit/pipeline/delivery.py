@@ -67,7 +67,8 @@ def held(out: Path, store: Path) -> Iterator[None]:
 def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -> list[Path]:
     """Writes the report's files, the per-sample outcomes and the engines into `out`; returns the report's files.
 
-    All is written in a scratch folder inside `out` first, so that a full disk leaves an older run there as it was.
+    All is written in a scratch folder inside `out` first, so that a full disk leaves an older run there as it was. Then file after
+    file is renamed, under a mark that lets no reader take the two runs' files for one, should this process be killed meanwhile.
     """
     narrator.step(f"write {out}")
     try:
@@ -77,6 +78,8 @@ def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -
             wanted = _copy_engines(result, out / ENGINES, scratch / ENGINES)
             files = reports.write(replace(report, drifts=drifts), scratch)
             scenarios.write_logs(result.loads, scratch / LOGS)
+            unfinished = out / report_document.UNFINISHED_FILE
+            unfinished.touch()
             shutil.rmtree(out / OUTCOMES, ignore_errors=True)
             if (scratch / OUTCOMES).is_dir():
                 os.rename(scratch / OUTCOMES, out / OUTCOMES)
@@ -89,6 +92,7 @@ def deliver(report: Report, result: LineResult, out: Path, narrator: Narrator) -
             if not report.measurements:
                 # raw seconds of an older report must not stand beside this one
                 (out / report_document.MEASUREMENTS_FILE).unlink(missing_ok=True)
+            unfinished.unlink()
     except (OSError, OutOfSpace) as exc:
         raise _cannot_write(out, exc) from exc
     return [out / file.name for file in files]
@@ -176,6 +180,17 @@ def render_again(folder: Path) -> tuple[Report, list[Path]]:
 def two_reports(before: Path, after: Path) -> tuple[Report, Report]:
     """Two finished runs."""
     return report_document.load(before), report_document.load(after)
+
+
+def write_comparison(before: Report, after: Report, file: Path) -> Path:
+    """Two runs beside each other as Markdown. Raises InputError where it cannot be written."""
+    from deploykit.stages.report import compare
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return reports.write_text(compare.markdown(before, after), file)
+    except OSError as exc:
+        raise InputError(f"cannot write {file}: {exc.strerror}", "choose another place for --markdown") from exc
 
 
 def write_files(report: Report, csv: Path | None, markdown: Path | None, html: Path | None) -> list[Path]:

@@ -107,7 +107,7 @@ def ready(request: LineRequest, say: Narrator) -> Ready:
         if model.shop is not None:
             _build(model, samples, request.data, rows)
     reference = assemble.one_reference(first.rows, [r for m in models for r in m.rows], {k for m in models for k in m.runs()})
-    entries = tuple(e for m in models for e in _entries(m, reference, rows.streams))
+    entries = tuple(e for m in models for e in _entries(m, reference, rows))
     return Ready(tuple(models), samples, rows, store, reference, entries)
 
 
@@ -221,8 +221,10 @@ def _build(model: Target, samples: Shares, request: DataRequest, rows: RowsReque
         except BugInChild as exc:
             return _as_failure(row, exc)
 
-    made = side_by_side([functools.partial(make, row, graph) for row, graph in wanted.values()])
-    model.built.update(zip(wanted, made, strict=True))
+    # those made of another row's engine last, when that is there
+    ordered = sorted(wanted.items(), key=lambda item: backends.from_fp32(item[1][0].backend, item[1][0].precision))
+    made = side_by_side([functools.partial(make, row, graph) for _, (row, graph) in ordered])
+    model.built.update(zip((key for key, _ in ordered), made, strict=True))
 
 
 def _as_failure(row: PlannedRow, bug: BugInChild) -> BackendFailed:
@@ -242,13 +244,13 @@ def _graph_kind(row: PlannedRow, shop: Workshop) -> str:
     return kind if kind.startswith("source") or shop.base_precision == "fp32" else "fp32"  # the graph as it was given
 
 
-def _entries(model: Target, reference: tuple[str, str, str, str] | None, streams: int) -> list[Entry]:
+def _entries(model: Target, reference: tuple[str, str, str, str] | None, rows: RowsRequest) -> list[Entry]:
     found = []
     for row in model.rows:
         engine = model.built.get(row.engine_key)
         if row.skip or not row.runnable or not isinstance(engine, Artifact):
             continue
-        options = {"streams": streams} if streams > 1 and backends.concurrent(row.backend) else {}
+        options = backends.opening_options(row.backend, rows.streams, rows.layout)
         found.append(Entry(replace(row, reference=row.engine_key == reference), engine, options))
     return found
 
@@ -281,6 +283,8 @@ def _report(
 ) -> Report:
     shop = models[0].shop
     named = dict(zip(("name", "backend", "precision"), reference or (), strict=False))
+    if reference is not None and request.rows.layout in backends.layouts(reference[1])[1:]:
+        named["layout"] = request.rows.layout
     shares = {s.role: s.describe() for s in (samples.judge, samples.calibrate) if s is not None}
     model: dict[str, Any] = {"name": models[0].name, "signature": models[0].signature.to_json()}
     if shop is not None:

@@ -141,7 +141,7 @@ def _targets(pair: Pair) -> Sequence[bench.Target]:
     found = []
     for name, engine in (("old", pair.old), ("again", pair.old), ("new", pair.new)):
         ranges = {k: ShapeRange(*(tuple(x) for x in v)) for k, v in dict(engine.options.get("shapes", {})).items()}
-        options = {"streams": row.streams} if row.streams and row.streams > 1 else {}
+        options = backends.opening_options(row.backend, row.streams, row.layout)
         request = OpenRequest(engine.precision, row.batch, row.threads or machine.threads(), ranges, options)
         label = f"{row.label} ({name})"
         found.append(bench.Target(label, row.backend, engine.path, request, row.label, reference=name == "old"))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from deploykit.calibration_table import DEFAULT_METHOD
 from deploykit.loadgen import SERVER_LATENCY_S
+from deploykit.session import LAYOUTS
 from deploykit.signature import ShapeRange, TensorSpec
 from deploykit.stages.mixed import Budget
 
@@ -72,6 +73,7 @@ class RowsRequest:
     remeasure: bool = False
     max_rows: int | None = None
     streams: int = 1
+    layout: str = LAYOUTS[0]
     scenario: str | None = None
     server_latency_s: float = SERVER_LATENCY_S
 

@@ -81,7 +81,7 @@ class Evaluations:
         self.notes = Notes(made, digest)
         self.reused = 0
         self._child: Child | None = None
-        self._serves: tuple[str, str, int] | None = None
+        self._serves: tuple[str, str, int, str] | None = None
         self._glimpsed = 0
 
     def __enter__(self) -> Evaluations:
@@ -110,7 +110,7 @@ class Evaluations:
         return bench.Target(str(c), c.backend, self._engines[c.engine].path, self._opening(c), group="sweep")
 
     def _opening(self, c: Configuration) -> OpenRequest:
-        options = {"streams": c.streams} if c.streams > 1 else {}
+        options = backends.opening_options(c.backend, c.streams, c.layout)
         return OpenRequest(c.precision, c.batch, c.threads, dict(self._made.rows.shapes), options)
 
     def _glimpse(self, c: Configuration) -> Score | str:
@@ -130,7 +130,7 @@ class Evaluations:
         return score
 
     def _measured(self, c: Configuration) -> Score:
-        serves = (*c.engine, c.threads)
+        serves = (*c.engine, c.threads, c.layout)
         if self._serves != serves:
             self._close()
             self._child, self._serves = Child(str(c), threads=c.threads), serves

@@ -26,12 +26,14 @@ _SHOWN = 5  # configurations that came closest, where none keeps the limits
 @dataclass(frozen=True)
 class SweepRequest:
     """What is swept (`line`'s batches, backends, precisions), over which threads and streams (None: all of this machine's
-    threads; 1, 2, 4, ... requests at once), and what a recommendation must keep. command: how to reproduce a row."""
+    threads; 1, 2, 4, ... requests at once; each layout that a backend has), and what a recommendation must keep. command: how
+    to reproduce a row."""
 
     line: LineRequest
     limits: Limits
     threads: tuple[int, ...] | None = None
     streams: tuple[int, ...] | None = None
+    layouts: tuple[str, ...] | None = None
     objective: str = "throughput"
     budget_s: float | None = None
     command: tuple[str, ...] = ()
@@ -84,6 +86,7 @@ class Swept:
         c = configuration
         own = ["--backend", c.backend, "--precision", c.precision, "--batch", str(c.batch), "--threads", str(c.threads)]
         own += ["--streams", str(c.streams)] if c.streams > 1 else []
+        own += ["--layout", c.layout] if c.layout else []
         return shlex.join([*self.request.command, *own, "--duration", "standard"])
 
     def to_json(self) -> dict[str, Any]:
@@ -182,10 +185,19 @@ def _space(made: Ready, request: SweepRequest) -> list[Configuration]:
         for count in threads:
             offered = request.streams or tuple(2**k for k in range(count.bit_length()) if 2**k <= count)
             able = [s for s in offered if s == 1 or (s <= count and backends.concurrent(row.backend))]
-            found |= dict.fromkeys(Configuration(row.backend, row.precision, row.batch, count, s) for s in able)
+            ways = [(s, layout) for s in able for layout in _layouts(row.backend, request.layouts)]
+            found |= dict.fromkeys(Configuration(row.backend, row.precision, row.batch, count, *way) for way in ways)
     if not found:
         raise InputError(f"no backend here runs {request.streams} requests at once on {threads} threads", "add --streams 1")
     return list(found)
+
+
+def _layouts(backend: str, asked: Sequence[str] | None) -> list[str]:
+    """The layouts to try of a backend, '' for its usual one; a backend that chooses by itself has that alone."""
+    usual, *others = backends.layouts(backend)
+    if not others or asked is None:
+        return ["", *others]
+    return ["" if layout == usual else layout for layout in asked]
 
 
 def _qualities(made: Ready, notes: Notes, say: Narrator) -> dict[tuple[str, str], Quality]:

@@ -2,7 +2,8 @@
 
 Every configuration gets a glimpse (a fraction of a second, one after another); those that a glimpse already rules out are
 not looked at again, and those that a limit or a smaller batch rules out are not even opened. The survivors are measured in
-turns, longer and longer, and fewer in each round; the last ones as `bench` measures its rows. (Karnin, Koren and Somekh,
+turns, longer and longer, and fewer in each round; the last ones as `bench` measures its rows. What glimpses alone put on the
+Pareto front is looked at again, beside the recommendation. (Karnin, Koren and Somekh,
 'Almost optimal exploration in multi-armed bandits', 2013: sequential halving; the slack of each round is of our noise.)
 """
 
@@ -17,7 +18,8 @@ OBJECTIVES = ("throughput", "latency")
 EFFORTS = ("glimpse", "look", "final")
 # What a figure of a round may be off by: a configuration further behind the best than this is given up.
 SLACK = {"glimpse": 0.30, "look": 0.10}
-MOST = {"glimpse": 10, "look": 4}  # survivors of a round
+MOST = {"glimpse": 8, "look": 3}  # survivors of a round
+MOST_ON_FRONT = 4  # of those that only a glimpse has put on the front
 _HOPELESS = 3.0  # at the same batch, so many times slower than another ladder: larger batches are not tried
 _FALLING = 0.75  # two batches in a row below this share of the ladder's best: throughput has passed its peak
 _OVER = 1.3  # a glimpse's median may exceed the latency limit by so much before it rules a configuration out
@@ -27,13 +29,15 @@ _ORDER = ("int8", "mixed", "bf16", "fp16", "fp32", "int8-dynamic")
 
 @dataclass(frozen=True, order=True)
 class Configuration:
-    """One way to run the model. `streams`: requests at once, sharing the threads."""
+    """One way to run the model. `streams`: requests at once, sharing the threads; `layout`: of images and filters in memory, ''
+    where the backend's usual one is meant."""
 
     backend: str
     precision: str
     batch: int
     threads: int
     streams: int = 1
+    layout: str = ""
 
     @property
     def engine(self) -> tuple[str, str]:
@@ -41,13 +45,14 @@ class Configuration:
         return (self.backend, self.precision)
 
     @property
-    def ladder(self) -> tuple[str, str, int, int]:
+    def ladder(self) -> tuple[str, str, int, int, str]:
         """What it differs from in the batch alone."""
-        return (self.backend, self.precision, self.threads, self.streams)
+        return (self.backend, self.precision, self.threads, self.streams, self.layout)
 
     def __str__(self) -> str:
         streams = f" streams {self.streams}" if self.streams > 1 else ""
-        return f"{self.backend} {self.precision} batch {self.batch} threads {self.threads}{streams}"
+        layout = f" {self.layout}" if self.layout else ""
+        return f"{self.backend} {self.precision} batch {self.batch} threads {self.threads}{streams}{layout}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,29 @@ def search(
             for trial in trials.values():
                 if trial.out.startswith(_BEHIND) and "final" not in trial.scores:
                     trial.out = ""
+    _look_at_front(list(trials.values()), qualities, best, evaluate)
     return Found(best, _front(list(trials.values()), qualities, best), tuple(trials.values()), clock() - start)
+
+
+def _look_at_front(
+    trials: Sequence[Trial], qualities: Mapping[tuple[str, str], Quality], best: Configuration | None, evaluate: Evaluate
+) -> None:
+    """Measures what only a glimpse has put on the front, in turns with the recommendation: a glimpse flatters, and next to full
+    measurements it would crowd the front. Those beyond MOST_ON_FRONT, at even distances, stay out of it."""
+    front = set(_front(trials, qualities, best, least="glimpse"))
+    fresh = sorted((t for t in trials if t.configuration in front and t.effort == "glimpse"), key=_latency)
+    if best is None or not fresh:
+        return
+    some = min(len(fresh), MOST_ON_FRONT)
+    chosen = [fresh[round(i * (len(fresh) - 1) / max(1, some - 1))] for i in range(some)]
+    first = next(t for t in trials if t.configuration == best)
+    _measure([first, *chosen], "look", evaluate)
+    if first.failed:  # it ran in full a moment ago
+        first.out = ""
+
+
+def _latency(trial: Trial) -> float:
+    return trial.score.p50_s if trial.score is not None else float("inf")
 
 
 def _challenged(able: list[Trial], trials: Sequence[Trial], limits: Limits, evaluate: Evaluate, objective: str) -> list[Trial]:
@@ -217,9 +244,16 @@ _BEHIND = "behind the best"
 _FAILED = "failed: "
 
 
-def _promise(configuration: Configuration) -> tuple[int, str, int, int, int]:
+def _promise(configuration: Configuration) -> tuple[int, str, int, int, str, int]:
     rank = _ORDER.index(configuration.precision) if configuration.precision in _ORDER else len(_ORDER)
-    return (rank, configuration.backend, -configuration.streams, -configuration.threads, configuration.batch)
+    return (
+        rank,
+        configuration.backend,
+        -configuration.streams,
+        -configuration.threads,
+        configuration.layout,
+        configuration.batch,
+    )
 
 
 def _refused(configuration: Configuration, qualities: Mapping[tuple[str, str], Quality], limits: Limits) -> str:
@@ -240,7 +274,7 @@ def _glimpses(
 ) -> None:
     """A glimpse of each, ladder by ladder from the smallest batch; the rest of a ladder is skipped as soon as it is hopeless."""
     best_at: dict[int, float] = {}
-    ladders: dict[tuple[str, str, int, int], list[Trial]] = {}
+    ladders: dict[tuple[str, str, int, int, str], list[Trial]] = {}
     for trial in trials:
         ladders.setdefault(trial.configuration.ladder, []).append(trial)
     for ladder in ladders.values():
@@ -332,14 +366,20 @@ def _narrow(trials: Sequence[Trial], effort: str, objective: str) -> None:
 
 
 def _front(
-    trials: Sequence[Trial], qualities: Mapping[tuple[str, str], Quality], best: Configuration | None
+    trials: Sequence[Trial],
+    qualities: Mapping[tuple[str, str], Quality],
+    best: Configuration | None,
+    *,
+    least: str = "look",
 ) -> tuple[Configuration, ...]:
-    """The measured configurations that no other beats in throughput, latency, accuracy and size at once, by rising latency.
-    The recommendation is always one: a glimpse of another does not stand over its full measurement."""
+    """The configurations, measured with at least that effort, that no other beats in throughput, latency, accuracy and size at
+    once, by rising latency; the recommendation is always one. With no recommendation glimpses count too: they are all there is."""
     points: list[tuple[Configuration, tuple[float, ...]]] = []
     for trial in trials:
-        score = trial.score
-        if score is None:
+        score, effort = trial.score, trial.effort
+        if score is None or effort is None or trial.failed:
+            continue
+        if best is not None and EFFORTS.index(effort) < EFFORTS.index(least):
             continue
         quality = qualities.get(trial.configuration.engine, Quality())
         lost = quality.drop_pp if quality.drop_pp is not None else 100 * (1 - (quality.agreement or 0.0))

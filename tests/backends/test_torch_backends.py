@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from deploykit import machine
+from deploykit import backends, machine
 from deploykit.artifact import Artifact
-from deploykit.backends import torch_compile, torch_eager
+from deploykit.backends import torch_compile, torch_eager, torch_source
 from deploykit.errors import BackendFailed, DeploykitError, InputError, MissingBackend, ModelError
 from deploykit.session import BuildRequest, OpenRequest
 from deploykit.signature import Signature, TensorSpec
@@ -148,3 +148,28 @@ def test_a_damaged_description_is_one_error(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DeploykitError):
             EAGER.open(Artifact(path, "source", "fp32", signature, "test"), OpenRequest("fp32", 1, 1))
+
+
+def test_channels_last_gives_the_same_outputs_and_says_so(tmp_path: Path) -> None:
+    fp32 = cases.model("conv_net", tmp_path)
+    engine, inputs = cases.engine(EAGER, fp32, "fp32", tmp_path), cases.feeds(fp32.signature, 2)
+    usual = EAGER.open(engine, OpenRequest("fp32", 2, 1))
+    session = EAGER.open(engine, OpenRequest("fp32", 2, 1, options={"layout": "channels-last"}))
+    assert session.notes == ("filters and activations channels-last",)
+    assert usual.notes == ()
+    for name, wanted in usual.infer(inputs).items():
+        np.testing.assert_allclose(session.infer(inputs)[name], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_reaches_every_filter() -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    assert torch_source.lay_out(module, OpenRequest("fp32", 1, 1)) == ()
+    assert not module[1].weight.is_contiguous(memory_format=torch.channels_last)
+    torch_source.lay_out(module, OpenRequest("fp32", 1, 1, options={"layout": "channels-last"}))
+    assert module[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("torch", {"layout": "channels-last"}), ("openvino", {"streams": 2})])
+def test_only_what_a_backend_can_do_is_asked_of_it(backend: str, expected: dict[str, object]) -> None:
+    assert backends.opening_options(backend, 2, "channels-last") == expected
+    assert backends.opening_options(backend, 1, "channels-first") == backends.opening_options(backend, None, None) == {}

@@ -143,6 +143,13 @@ def test_two_runs_beside_each_other_are_one_json_document(cli: Cli, tmp_path: Pa
     assert cli("run", "m.onnx", "-o", "out", *QUICK)[0] == 0
     assert run(["report", "out", "--compare", "out", "--json", "-"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"before", "after"}
+    assert run(["report", "out", "--compare", "out", "--markdown", "new/beside.md"]) == 0
+    assert "| m onnxruntime fp32 batch 1 |" in (tmp_path / "new" / "beside.md").read_text()
+    code, err = cli("report", "out", "--markdown", "lone.md")
+    assert (code, "there is none" in err) == (2, True), err
+    (tmp_path / "file").write_text("")
+    code, err = cli("report", "out", "--compare", "out", "--markdown", "file/beside.md")
+    assert (code, "cannot write" in err) == (2, True), err
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,7 @@ def test_two_runs_beside_each_other_are_one_json_document(cli: Cli, tmp_path: Pa
         (["build", "m.onnx", "--backend", "litert", "--precision", "int8", "--io", "int4", "-o", "e"], "float, int8"),
         (["build", "m.onnx", "--backend", "onnxruntime", "--weights", "w.pt", "-o", "e"], "--weights"),
         (["compare", "m.onnx", "m.onnx", "--data", "random:8", "--alone", "3"], "add --per-layer"),
+        (["bench", "m.onnx", "--logs", "logs"], "add --scenario"),
     ],
 )
 def test_options_that_make_no_sense(arguments: list[str], said: str, cli: Cli, tmp_path: Path) -> None:

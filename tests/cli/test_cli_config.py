@@ -80,7 +80,7 @@ def test_limits_become_the_option_that_reads_them(tmp_path: Path) -> None:
         ("source: m.onnx\nmax-drop: 1pp\nmax_drop: 2pp\n", "line 3: the key 'max_drop' stands twice"),
         ("source: [", "not YAML"),
         ("source: !!python/object:os.system x\n", "not YAML"),
-        ("source: m.onnx\nmax-drop: 0.5%\n", "line 2: 'max-drop' is '0.5%', not percentage points of top-1, like 0.5pp"),
+        ("source: m.onnx\nmax-drop: 0.5%\n", "line 2: 'max-drop' is '0.5%', not percentage points, like 0.5pp"),
         ("source: m.onnx\nmax-slowdown: 0.05\n", "line 2: 'max-slowdown' is 0.05, not a percentage, like 5%"),
         ("source: m.onnx\nlimits: 5\n", "line 2: 'limits' is a list of mappings"),
         ("source: m.onnx\nlimits:\n  - backend: openvino\n    max-dorp: 1pp\n", "line 4: unknown key 'max-dorp'\n.*'max-drop'"),

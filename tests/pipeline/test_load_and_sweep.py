@@ -20,6 +20,7 @@ from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceR
 from deploykit.roofline import Ceilings
 from deploykit.row import Row
 from deploykit.session import OpenRequest
+from deploykit.signature import TensorSpec
 from deploykit.stages import bench
 from deploykit.stages import ceilings as stage
 from deploykit.stages.sweep import Configuration, Found, Limits, Quality, Score, Trial
@@ -331,3 +332,22 @@ def test_an_outcome_without_a_figure_is_not_kept(
         (found,) = loads.outcomes.values()
         assert isinstance(found, LoadOutcome) and found.value == value
     assert len(asked) == 2
+
+
+def test_a_layout_is_tried_only_where_there_is_a_choice() -> None:
+    assert sweeping._layouts("torch", None) == ["", "channels-last"]
+    assert sweeping._layouts("torch", ("channels-last",)) == ["channels-last"]
+    assert sweeping._layouts("torch", ("channels-first",)) == [""]
+    assert sweeping._layouts("onnxruntime", ("channels-last",)) == [""]
+
+
+def test_the_layout_asked_for_stands_in_the_rows_that_have_one_and_in_the_reference(tmp_path: Path) -> None:
+    factory = tmp_path / "net.py"
+    factory.write_text("import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())\n")
+    spec = TensorSpec("input", "float32", ("batch", 3, 8, 8))
+    rows = RowsRequest(("torch", "onnxruntime"), ("fp32",), (1,), threads=1, duration="smoke", layout="channels-last")
+    asked = LineRequest((SourceRequest(f"{factory}:net", inputs=(spec,)),), DataRequest("random:4"), rows, tmp_path / "store")
+    result = line.run(asked)
+    assert {r.backend: r.layout for r in result.report.rows} == {"torch": "channels-last", "onnxruntime": None}
+    assert result.report.reference["layout"] == "channels-last"
+    assert result.report.is_reference(next(r for r in result.report.rows if r.backend == "torch"))

@@ -47,3 +47,37 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is a file"), delivery.held(tmp_path / "out", tmp_path / "store"):
         pass
+
+
+def test_a_run_killed_between_two_files_leaves_a_folder_that_nobody_trusts_until_it_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tiny_models
+
+    from deploykit import report_document
+    from deploykit.pipeline import line
+    from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceRequest
+
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    model = tiny_models.conv_net(tmp_path / "net.onnx")
+    rows = RowsRequest(("onnxruntime",), ("fp32",), (1,), threads=1, duration="smoke")
+    result = line.run(line.LineRequest((SourceRequest(str(model)),), DataRequest("random:4"), rows, tmp_path / "store"))
+    delivery.deliver(result.report, result, out, Silent())
+    assert report_document.load(out).rows
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(delivery, "_swap_engines", killed)
+        with pytest.raises(Killed):
+            delivery.deliver(result.report, result, out, Silent())
+    for path in (out, out / "report.json"):
+        with pytest.raises(InputError, match="in the middle of replacing"):
+            report_document.load(path)
+    delivery.deliver(result.report, result, out, Silent())
+    assert report_document.load(out).rows

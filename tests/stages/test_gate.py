@@ -419,3 +419,41 @@ def test_a_limit_on_rows_of_which_none_ran_is_no_pass(status: str, outcome: str)
     verdict = judge(replace(report, rows=(*report.rows, other)), None, gate.LimitSet(Limits(max_drop_pp=0.5), rules))
     assert verdict.outcome == outcome
     assert any("none of them ran" in r.message for r in verdict.reasons) is (outcome != "pass")
+
+
+# -- without labels ----------------------------------------------------------------------------------------------------
+
+
+def unlabelled(agreement: float | None, n: int = 1000, **judge_: Any) -> Report:
+    row = an_ok_row(agreement=agreement, top1=None, top1_drop_pp=None, top1_drop_low=None, top1_drop_high=None)
+    return a_report(rows=(reference(top1=None), row), samples={"judge": {"n": n, "labelled": False, **judge_}})
+
+
+@pytest.mark.parametrize(
+    ("agreement", "n", "outcome"),
+    [(0.999, 1000, "pass"), (0.95, 1000, "fail"), (0.99, 1000, "inconclusive"), (1.0, 50, "inconclusive"), (1.0, 1000, "pass")],
+)
+def test_disagreement_is_held_on_its_interval(agreement: float, n: int, outcome: str) -> None:
+    verdict = judge(unlabelled(agreement, n), None, Limits(max_disagreement_pp=1.0))
+    assert outcome_of(verdict, "disagreement") == outcome
+    assert judge(unlabelled(agreement, n), unlabelled(1.0, n), Limits(max_disagreement_pp=1.0)).outcome == outcome
+
+
+def test_disagreement_that_nothing_measured_never_passes() -> None:
+    for report in (unlabelled(None), unlabelled(1.0, random=True), a_report(rows=unlabelled(1.0).rows, samples={})):
+        verdict = judge(report, None, Limits(max_disagreement_pp=1.0))
+        assert outcome_of(verdict, "disagreement") == "inconclusive"
+    assert judge(unlabelled(1.5), None, Limits(max_disagreement_pp=1.0)).outcome == "fail"
+
+
+def test_a_drop_without_labels_names_the_limit_that_needs_none() -> None:
+    verdict = judge(unlabelled(1.0), None, Limits(max_drop_pp=1.0))
+    assert "--max-disagreement 1pp" in next(r.message for r in verdict.reasons if r.check == "top-1 drop")
+
+
+def test_another_layout_is_a_doubt_about_speed() -> None:
+    base = with_row()
+    assert judge(with_row(), base, Limits(max_slowdown=0.5)).outcome == "pass"
+    verdict = judge(with_row(layout="channels-last"), base, Limits(max_slowdown=0.5))
+    assert outcome_of(verdict, "speed") == "inconclusive"
+    assert any("another layout" in r.message for r in verdict.reasons)

@@ -189,3 +189,29 @@ def test_those_a_lucky_glimpse_put_out_are_measured_in_full_with_it() -> None:
     assert best.effort == "final"
     others = [t for t in found.trials if t.score is not None and t.configuration != found.best]
     assert all(t.score.images_per_s <= best.scores["final"].images_per_s for t in others if t.score is not None)
+
+
+def test_no_glimpse_stands_on_the_front_beside_full_measurements() -> None:
+    machine = Machine(9)
+    found = sweep.search(machine.space, {}, Limits(), machine.evaluate)
+    glimpsed = [t for t in found.trials if t.effort == "glimpse"]
+    assert glimpsed
+    assert len(found.front) > 1
+    assert all(found.trial(c).effort in ("look", "final") for c in found.front)
+    asked = [c for c, effort in machine.asked if effort == "look"]
+    assert found.best in asked  # in turns with it
+
+
+def test_without_a_recommendation_the_front_is_what_was_glimpsed() -> None:
+    machine = Machine(9, noisy=False)
+    found = sweep.search(machine.space, {}, Limits(max_latency_s=1e-9), machine.evaluate)
+    assert found.best is None
+    assert found.front
+
+
+def test_layouts_are_ladders_of_their_own() -> None:
+    usual = Configuration("torch", "fp32", 8, 2)
+    other = Configuration("torch", "fp32", 8, 2, layout="channels-last")
+    assert usual.engine == other.engine
+    assert usual.ladder != other.ladder
+    assert str(other) == f"{usual} channels-last"

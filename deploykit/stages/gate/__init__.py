@@ -13,8 +13,8 @@ from deploykit.errors import InputError
 from deploykit.report_document import Report
 from deploykit.stages.gate.against import Fresh, Outcomes, RowOutcomes, Side, against, outcomes_of
 from deploykit.stages.gate.comparable import EVERYTHING, edited, pairs_of
-from deploykit.stages.gate.drops import own_drop
-from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_drop, parse_growth, parse_slowdown
+from deploykit.stages.gate.drops import disagreement, own_drop
+from deploykit.stages.gate.limits import Limits, LimitSet, Rule, parse_disagreement, parse_drop, parse_growth, parse_slowdown
 from deploykit.stages.gate.resources import Settled, timed, undecided
 from deploykit.stages.gate.turns import MIN_LAUNCHES, Turns
 from deploykit.verdict import Reason, Verdict, combine
@@ -32,6 +32,7 @@ __all__ = [
     "judge",
     "outcomes_of",
     "pairs_of",
+    "parse_disagreement",
     "parse_drop",
     "parse_growth",
     "parse_slowdown",
@@ -51,8 +52,8 @@ def judge(
 ) -> Verdict:
     """The verdict on a report.
 
-    Without a baseline every ok row's drop is held against the report's own reference. With one, each row is held against
-    the baseline's row: accuracy on paired outcomes (by `row_id`) where both sides have them for the same samples, else
+    Without a baseline every ok row's drop is held against the report's own reference; so is how often it disagrees with it, with
+    a baseline too. With one, each row is held against the baseline's row: accuracy on paired outcomes (by `row_id`) where both sides have them for the same samples, else
     from the two drops; speed as the ratio of the two engines measured in turns (`fresh`), else of the two speed-ups, each
     over its own run's reference.
     """
@@ -87,13 +88,14 @@ def _alone(report: Report, limits: LimitSet) -> Verdict:
     if not any(one != Limits() for one in limits.all()):
         skipped.append("no limit was asked for")
     for row in report.rows:
-        most = limits.of(row).max_drop_pp
+        most, other = limits.of(row).max_drop_pp, limits.of(row).max_disagreement_pp
         if row.status != "ok":
             skipped.append(f"{row.label}: {row.status}: {row.reason or 'no reason was recorded'}")
         elif report.is_reference(row) or row.is_copy:
             skipped.append(f"{row.label}: the reference itself")
-        elif most is not None:
-            reasons.append(own_drop(report, row, most))
+        else:
+            reasons += [own_drop(report, row, most)] if most is not None else []
+            reasons += [disagreement(report, row, other)] if other is not None else []
     return combine(reasons, skipped)
 
 

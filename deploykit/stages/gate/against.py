@@ -13,6 +13,7 @@ from deploykit.drift import Drift
 from deploykit.paired import Paired
 from deploykit.report_document import Report, row_id
 from deploykit.row import Row
+from deploykit.session import LAYOUTS
 from deploykit.stages.gate import resources
 from deploykit.stages.gate.comparable import (
     changed_versions,
@@ -25,7 +26,7 @@ from deploykit.stages.gate.comparable import (
     speed_doubts,
     unlike,
 )
-from deploykit.stages.gate.drops import doubted, drop_of, judged_drop, judged_n, no_drop, reason
+from deploykit.stages.gate.drops import disagreement, doubted, drop_of, judged_drop, judged_n, no_drop, reason
 from deploykit.stages.gate.intervals import Change, decide, difference, paired_drop, slowdown
 from deploykit.stages.gate.limits import Limits, LimitSet
 from deploykit.stages.gate.resources import Settled
@@ -125,6 +126,8 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, fresh: Fr
         else:
             found = _accuracy(new, now, old, was, limits.max_drop_pp)
             reasons.append(doubted(found, [drop_contradiction(side.report, row) for side, row in ((new, now), (old, was))]))
+    if limits.max_disagreement_pp is not None and not reference and now.status == "ok":
+        reasons.append(disagreement(new.report, now, limits.max_disagreement_pp))
     doubts = [percentile_doubt(row) for row in (now, was)]
     doubts += [raw_contradiction(side.report, row) for side, row in ((new, now), (old, was))]
     if fresh is not None:
@@ -132,7 +135,7 @@ def _compare(new: Side, now: Row, old: Side, was: Row, limits: Limits, fresh: Fr
             doubts.append(f"{changed}; both engines were run with the versions here, which cannot show what a version cost")
         if now.threads != was.threads:
             doubts.append(f"another number of threads: {was.threads} -> {now.threads}")
-        doubts += _other_streams(now, was)
+        doubts += _run_otherwise(now, was)
         turns = fresh.get(row_id(now), Settled("inconclusive", "was not measured again"))
         return reasons + [doubted(r, doubts) for r in resources.timed(now, turns, limits)]
     return reasons + _recorded(new, now, old, was, limits, doubts, skipped)
@@ -202,10 +205,14 @@ def _same_outputs(now: Row, was: Row) -> bool:
     )
 
 
-def _other_streams(now: Row, was: Row) -> list[str]:
-    """The doubt that the two ran another number of requests at once; a report that does not say ran one at a time."""
-    mine, theirs = now.streams or 1, was.streams or 1
-    return [f"another number of requests at once (--streams): {theirs} -> {mine}"] if mine != theirs else []
+def _run_otherwise(now: Row, was: Row) -> list[str]:
+    """The doubts that the two ran another number of requests at once, or in another layout; a report that does not say ran one
+    at a time, in the usual layout."""
+    pairs: tuple[tuple[str, object, object], ...] = (
+        ("number of requests at once (--streams)", was.streams or 1, now.streams or 1),
+        ("layout (--layout)", was.layout or LAYOUTS[0], now.layout or LAYOUTS[0]),
+    )
+    return [f"another {what}: {theirs} -> {mine}" for what, theirs, mine in pairs if mine != theirs]
 
 
 def _speed(new: Side, now: Row, old: Side, was: Row, limit: float, doubts: Sequence[str]) -> Reason:
@@ -213,7 +220,7 @@ def _speed(new: Side, now: Row, old: Side, was: Row, limit: float, doubts: Seque
     if any(x is not None and (math.isnan(x) or x < 0 or x == math.inf) for x in figures) or 0.0 in (now.speedup, was.speedup):
         return reason(now, "speed", "fail", f"a speed-up is no positive number ({', '.join(map(str, figures))})")
     differ = [k for k in ("device", "threads", "clock", "boundary") if getattr(now, k) != getattr(was, k)]
-    doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ), *_other_streams(now, was)]
+    doubts = [*doubts, *(f"another {k}: {getattr(was, k)} -> {getattr(now, k)}" for k in differ), *_run_otherwise(now, was)]
     if None in figures:
         doubts.append("a speed-up or its interval was not measured")
     if doubts:

@@ -1,10 +1,11 @@
-"""The top-1 drop of one row, held against a limit."""
+"""The top-1 drop of one row, or how often it disagrees with the reference, held against a limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from deploykit.paired import wilson
 from deploykit.report_document import Report
 from deploykit.row import Row
 from deploykit.stages.gate.comparable import drop_contradiction
@@ -19,6 +20,30 @@ def own_drop(report: Report, row: Row, limit: float) -> Reason:
         return reason(row, "top-1 drop", "inconclusive", no_drop(report))
     found = judged_drop(row, change, limit, "the reference", judged_n(report))
     return doubted(found, [drop_contradiction(report, row)])
+
+
+def disagreement(report: Report, row: Row, limit: float) -> Reason:
+    """How often the row's top-1 is another than the report's reference's, held against the limit in percentage points of the
+    samples; its interval is Wilson's."""
+    check, n = "disagreement", judged_n(report)
+    judged = report.samples.get("judge") or {}
+    if row.agreement is None or judged.get("random") or n is None:
+        asks = "a limit on the disagreement asks for statistics it cannot have"
+        if not judged:
+            return reason(row, check, "inconclusive", f"{asks}: no data was given (--data)")
+        if judged.get("random"):
+            return reason(row, check, "inconclusive", f"{asks}: the data is random")
+        return reason(row, check, "inconclusive", "how often it agrees with the reference was not measured")
+    if not 0 <= row.agreement <= 1:
+        return reason(row, check, "fail", f"an agreement of {row.agreement} is no fraction")
+    count = round((1 - row.agreement) * n)
+    low, high = (100 * end for end in wilson(count, n))
+    outcome = decide(Change(100 * count / n, low, high), limit)
+    said = (
+        f"{count} of {n} samples have another top-1 than the reference ({100 * count / n:.2f} pp; 95 %: {low:.2f} to {high:.2f})"
+    )
+    said += f", limit {limit:g} pp" + ("; more samples would tell" if outcome == "inconclusive" else "")
+    return reason(row, check, outcome, said)
 
 
 def judged_drop(row: Row, change: Change, limit: float, over: str, n: int | None, extra: str = "") -> Reason:
@@ -59,7 +84,8 @@ def no_drop(report: Report) -> str:
     if judged.get("random"):
         return "a limit on the drop asks for statistics it cannot have: the data is random"
     if not judged.get("labelled"):
-        return "a limit on the drop asks for statistics it cannot have: the data has no labels"
+        said = "a limit on the drop asks for statistics it cannot have: the data has no labels"
+        return f"{said}; --max-disagreement 1pp holds its top-1 against the reference's instead"
     return "its top-1 drop or the interval of it was not measured"
 
 

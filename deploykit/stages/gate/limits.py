@@ -12,14 +12,16 @@ from deploykit.row import Row
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be lost: top-1 in percentage points, throughput as a fraction (0.05 = 5 % slower), and by what share size, peak
-    memory and the time to open the engine may grow (0.1 = 10 % more); None: not asked for."""
+    """What may be lost: top-1 in percentage points, throughput as a fraction (0.05 = 5 % slower), by what share size, peak
+    memory and the time to open the engine may grow (0.1 = 10 % more), and for how many samples in a hundred the top-1 may be
+    another than the reference's (which needs no labels); None: not asked for."""
 
     max_drop_pp: float | None = None
     max_slowdown: float | None = None
     max_size_growth: float | None = None
     max_memory_growth: float | None = None
     max_startup_growth: float | None = None
+    max_disagreement_pp: float | None = None
 
     @property
     def timed(self) -> bool:
@@ -75,6 +77,11 @@ class LimitSet:
 def parse_drop(text: str) -> float:
     """'0.5pp' as 0.5: percentage points of top-1. Raises InputError for another unit: '0.5%' could be meant relatively."""
     return _parse(text, r"pp", "--max-drop", "percentage points of top-1, like 0.5pp")
+
+
+def parse_disagreement(text: str) -> float:
+    """'1pp' as 1.0: samples in a hundred whose top-1 is not the reference's. Raises InputError for another unit."""
+    return _parse(text, r"pp", "--max-disagreement", "percentage points of the samples, like 1pp")
 
 
 def parse_growth(text: str, option: str) -> float:

@@ -180,7 +180,7 @@ def remarks(report: Report) -> list[tuple[list[int], str, str]]:
 
 def reference_line(report: Report) -> str:
     """What speed-ups and drops are over."""
-    parts = [str(report.reference[k]) for k in ("name", "backend", "precision") if report.reference.get(k)]
+    parts = [str(report.reference[k]) for k in ("name", "backend", "precision", "layout") if report.reference.get(k)]
     if not parts:
         return "none: no row here can be one, so there are no speed-ups"
     return " ".join(parts) + ", at the same batch"

@@ -30,6 +30,7 @@ _MEANING = {
     "scenario_unit": "s or samples/s",
     "scenario_valid": "LoadGen's own verdict",
     "streams": "requests at once, which share the threads",
+    "layout": "channels-last where images and filters lie so in memory; empty: the backend's usual one",
     "bound_by": "compute or memory: at least half of the time is what that ceiling asks for; else overhead",
 }
 
