@@ -4,7 +4,7 @@ sm89, each for batch 1 to 32.
     python benchmarks/tensorrt_builds.py [--models resnet18,...] [--json benchmarks/results/tensorrt_builds.json]
 
 Every step is the product's own command (export, calibrate, build-trt) in a process of its own. Weights are seeded and random
-(networks.py) and the calibration samples are random numbers: this is a record of what is accepted, of which precision each layer gets and of
+(networks.py) and the calibration samples are random numbers (their extremes): this is a record of what is accepted, of which precision each layer gets and of
 sizes, not of accuracy or speed. A refusal is recorded in the words that the user reads.
 """
 
@@ -49,7 +49,7 @@ def prepared(name: str, folder: Path) -> dict[str, Any]:
     given = ["--input", f"x:float32:batchx3x{MODELS[name]}x{MODELS[name]}"]
     steps = (
         ["export", f"{HERE / 'networks.py'}:{name}", *given, "--batch", BATCHES, "-o", str(folder / "m.onnx")],
-        ["calibrate", str(folder / "m.onnx"), "--data", "random:16", "-n", "16", "-o", str(folder / "calib.json")],
+        ["calibrate", str(folder / "m.onnx"), "--data", "random:16", "-n", "16", "--method", "minmax", "-o", str(folder / "calib.json")],
     )
     for words in steps:
         code, _, said = deploykit(*words)
@@ -97,7 +97,7 @@ def main() -> None:
         "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU",
         "versions": {n: metadata.version(n) for n in ("tensorrt-rtx", "torch", "torchvision", "timm", "onnx")},
-        "weights": "seeded random; calibrated on random:16",
+        "weights": "seeded random; calibrated on random:16, minmax",
         "validated_on_gpu": False,
         "models": {},
     }

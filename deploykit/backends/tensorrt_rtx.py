@@ -15,7 +15,7 @@ from deploykit.children import has_module
 from deploykit.errors import BackendFailed, MissingBackend, UnknownName
 from deploykit.session import BuildRequest, Missing, OpenRequest, Session
 from deploykit.signature import Signature
-from deploykit.trt import account, builder, gpu, layers, parser_graph, plan, plan_header, profiles
+from deploykit.trt import account, alike, builder, gpu, layers, parser_graph, plan, plan_header, profiles
 
 _GRAPHS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-tensorrt", "mixed": "int8-tensorrt"}
 ENGINE_NAME = "model.engine"
@@ -191,12 +191,11 @@ class _Second:
     """A second build, in a process of its own and at the same time as the first: whether it makes the same bytes.
 
     Seen with 1.7.1: a static graph gives the same bytes in every new process; with dynamic shapes a handful of builds
-    share a few outcomes that differ in internal names. Within one process those names count up, so the bytes are
+    share a few outcomes that differ in numbers inside internal names (see `alike`). Within one process those names count up, so the bytes are
     comparable only where the first build was its process's first.
     """
 
     def __init__(self, artifact: Artifact, spec: builder.PlanSpec, options: Mapping[str, Json]) -> None:
-        self._spec = spec
         self._child: children.Child | None = None
         self._why = ""
         if not options.get("verify_rebuild", True):
@@ -224,28 +223,32 @@ class _Second:
         if made.build_s > _VERIFY_UP_TO_S:
             return f"not checked: one build takes {made.build_s:.0f} s"
         try:
-            size, sha256, table = self._child.finish(timeout_s=_VERIFY_UP_TO_S)
+            sha256, table = self._child.finish(timeout_s=_VERIFY_UP_TO_S)
         except BackendFailed as exc:
             return f"not checked: the second build failed ({exc.message})"
         if sha256 == hashlib.sha256(made.data).hexdigest():
             return "identical"
-        bytes_said = f"{len(made.data)} and {size} bytes" if size != len(made.data) else f"both {size} bytes"
         if table != layers.by_kind(made.layers):
-            return f"differs: {bytes_said}, and the second plan runs other layers: {table}"
-        if self._spec.profiles:
-            return (
-                f"differs ({bytes_said}) with the same layers in the same precisions: with dynamic shapes, numbers inside the "
-                "builder's internal names were seen to change from one build to the next"
-            )
-        return f"differs ({bytes_said}) with the same layers in the same precisions; the builder does not say why"
+            return f"differs: the second plan runs other layers: {table}"
+        return f"differs: {alike.difference(made.data, self._child.call(second_plan))}"
 
 
-def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tuple[int, str, dict[str, dict[str, int]]]:
-    """Size, sha256 and layers by kind of the plan for a graph; called in a process of its own."""
+_second = b""  # in the process of a second build: the plan
+
+
+def plan_digest(path: Path, signature: Signature, spec: builder.PlanSpec) -> tuple[str, dict[str, dict[str, int]]]:
+    """sha256 and layers by kind of the plan for a graph; called in a process of its own, which keeps the plan."""
+    global _second
     import tensorrt_rtx as trt
 
     made = builder.build(trt, parser_graph.load(path), path, signature, spec)
-    return len(made.data), hashlib.sha256(made.data).hexdigest(), layers.by_kind(made.layers)
+    _second = made.data
+    return hashlib.sha256(made.data).hexdigest(), layers.by_kind(made.layers)
+
+
+def second_plan() -> bytes:
+    """The plan that `plan_digest` has built in this process."""
+    return _second
 
 
 def build_anew(artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:

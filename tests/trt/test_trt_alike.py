@@ -1,0 +1,52 @@
+"""How two plans differ: in numbers inside text alone, or in more."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deploykit.trt.alike import difference
+
+
+def _plan(*numbers: int, weights: int = 7) -> bytes:
+    """Offsets, text with numbered names, padding to 8 bytes, and 4 kB of weights, as a plan has them."""
+    text = b"".join(b'tensor={ name="__mye%d" type=int64 }\n' % n for n in numbers)
+    text += b"\0" * (-len(text) % 8)
+    return b"vtrt" + len(text).to_bytes(8, "little") + text + random.Random(weights).randbytes(4096)
+
+
+def test_numbers_of_the_same_length_are_all_that_differs() -> None:
+    found = difference(_plan(7298, 8540), _plan(7346, 8732))
+    assert found.names_only
+    assert found.beyond == 0
+    assert "in numbers inside the builder's internal names alone: same kernels, same weights" in str(found)
+
+
+def test_numbers_of_another_length_move_the_lengths_too() -> None:
+    one, other = _plan(*range(9990, 9998)), _plan(*range(9995, 10003))
+    assert len(one) != len(other)
+    found = difference(one, other)
+    assert found.names_only
+    assert found.beyond
+    assert f"{len(one)} and {len(other)} bytes" in str(found)
+    assert "bytes of lengths and offsets" in str(found)
+
+
+@pytest.mark.parametrize("where", [40, 2000, -1])
+def test_one_byte_of_anything_else_is_told(where: int) -> None:
+    one = _plan(7298, 8540)
+    other = bytearray(one)
+    other[where] ^= 0x80
+    found = difference(one, bytes(other))
+    assert not found.names_only
+    assert "not only in numbers" in str(found)
+
+
+def test_other_weights_are_told_whatever_the_size() -> None:
+    for numbers in ((7298, 8540), (7298, 18540, 1, 2)):
+        assert not difference(_plan(7298, 8540), _plan(*numbers, weights=8)).names_only
+
+
+def test_the_same_plan_differs_in_nothing() -> None:
+    assert difference(_plan(1), _plan(1)).beyond == 0
