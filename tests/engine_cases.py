@@ -157,14 +157,14 @@ def calibration(signature: Signature, n: int = 32) -> Samples:
     return Samples("random", "seeds", _SeedReader(signature), signature, None, tuple(range(n)), role="calibrate")
 
 
-def engine(backend: Backend, fp32: Artifact, precision: str, folder: Path) -> Artifact:
-    """The backend's engine with its manifest, in a folder of its own."""
+def engine(backend: Backend, fp32: Artifact, precision: str, folder: Path, base: Artifact | None = None) -> Artifact:
+    """The backend's engine with its manifest, in a folder of its own; made of `base` (its FP32 engine) where that is given."""
     out = folder / f"{fp32.path.stem}-{backend.name}-{precision}"
     out.mkdir()
     kind = backend.graph(precision)
     samples = calibration(fp32.signature) if kind == "source-calibrated" else None
     request = BuildRequest(precision, backend.targets()[0], calibration=samples)
-    return backend.build(graph_of(kind, fp32, folder), request, out).save()
+    return backend.build(base or graph_of(kind, fp32, folder), request, out).save()
 
 
 def expected(backend: Backend, precision: str, fp32: Artifact, folder: Path, inputs: Feeds) -> dict[str, Any]:

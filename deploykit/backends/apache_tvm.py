@@ -16,6 +16,7 @@ import numpy as np
 from deploykit import children
 from deploykit.artifact import Artifact
 from deploykit.backends import apache_tvm_arm as arm
+from deploykit.backends import apache_tvm_choice as choice
 from deploykit.backends import apache_tvm_compile as compiling
 from deploykit.backends import apache_tvm_session as sessions
 from deploykit.backends import apache_tvm_tuning as tuning
@@ -194,13 +195,43 @@ def _tuned(
     batches = [fixed] if fixed is not None else list(dict.fromkeys(request.batches))
     files, found = [], {}
     for batch in batches:
-        module = _lowered(artifact, machine, threads, batch)
         name = f"model-b{batch}.so"
-        found[name] = tuning.search(module, machine, threads, budget / len(batches), database)
-        compiling.library(tuning.applied(module, machine, threads, database), machine, threads, folder / name)
+        module = _lowered(artifact, machine, threads, batch)
+        found[name], searched = tuning.search(module, machine, threads, budget / len(batches), database, folder)
+        compiling.library(searched, machine, threads, folder / name)
+        found[name] |= _against_default(artifact, request, machine, threads, batch, folder / name)
         files.append(name)
     (folder / "tuning.json").write_text(json.dumps(found, indent=1))
     return [*files, "tuning.json"], {"tuning": {name: {**each, "curve": each["curve"][-1]} for name, each in found.items()}}
+
+
+def _against_default(
+    artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, batch: int, searched: Path
+) -> dict[str, Any]:
+    """How many times as fast as our default schedules the searched library is, both run in turns; where it is the slower one,
+    the default ones are put in its place.
+
+    Function by function the faster schedule was taken, each with its data in the caches; a whole model has them elsewhere.
+    """
+    children.report_progress("tune: the searched and the default library in turns", 1.0)
+    scratch = searched.with_name("default")
+    scratch.mkdir()
+    try:
+        default = scratch / searched.name
+        compiling.library(_lowered(artifact, machine, threads, batch), machine, threads, default)
+        feeds = _random_feeds(artifact.signature, batch, request)
+        asked = OpenRequest("fp32", batch, threads, request.shapes)
+        opened_both = [
+            sessions.open_here(Artifact(path, NAME, "fp32", artifact.signature, "tuned"), asked) for path in (default, searched)
+        ]
+        ratio, slower = choice.times_as_fast(*(session.bind(feeds) for session in opened_both))
+        for session in opened_both:
+            session.close()
+        if slower:
+            default.replace(searched)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"over_default": 1.0 if slower else ratio, **({"searched_over_default": ratio} if slower else {})}
 
 
 def _proven(made: Artifact, request: BuildRequest, fp32: Artifact, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,20 @@ def library_for(engine: Artifact, batch: int) -> tuple[Path, tuple[str, ...]]:
             f"build it again with --batch {batch}",
         )
     if exact == engine.path.name or exact in engine.companions:
-        return engine.path.with_name(exact), ("schedules found by tuning",) if engine.facts.get("tuning") else ()
+        return engine.path.with_name(exact), _of_a_search(engine.facts.get("tuning", {}).get(exact))
     if engine.facts.get("tuning"):
         return engine.path, (f"not tuned at batch {batch}: default schedules",)
     return engine.path, ("not tuned: default schedules",)
+
+
+def _of_a_search(tuned: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """What to say of a library that a search was made for; `tuned`: what it found."""
+    if tuned is None:
+        return ()
+    taken = tuned.get("functions", {})
+    if "searched_over_default" in tuned or not taken.get("searched", 0) + taken.get("untried", 0):
+        return ("default schedules: the search found nothing faster",)
+    return ("schedules found by tuning",)
 
 
 def _use_threads(threads: int) -> int:

@@ -1,8 +1,8 @@
 """The search for better schedules, with a budget of time: TVM's meta-schedule, round by round on the task that costs most.
 
 Everything measured goes at once into a database in a folder, and is found there again by the next search: one that was
-killed goes on where it was. Our default schedule of each task is measured first and is in the database too, so that a
-search never ends with a slower one, by its own measurements.
+killed goes on where it was. Our default schedule of each task is measured first and is in the database too.
+`apache_tvm_choice` then decides, in turns, which of the two goes into the library.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import cache_folder, children
-from deploykit.backends import apache_tvm_schedule, installed
+from deploykit.backends import apache_tvm_choice, apache_tvm_schedule, installed
+from deploykit.backends.apache_tvm_choice import mean_s, workers
 from deploykit.backends.apache_tvm_compile import Machine, failures
 from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.session import Missing
 
 _TRIALS_A_ROUND = 16
+_FIRST_TRIALS = 4  # of the first round, which shows how long one takes on this machine
+_DEFAULTS_AT_ONCE = 8  # compiled by one worker, which takes seconds to start
+_CHOICE_SHARE = 0.15  # of the budget, at most, for the comparison at its end
+_CHOICE_S = 2.0  # and at most for each function
 _WORKER_TIMEOUT_S = 240.0  # TVM's own 30 s are not enough for its worker to start on a busy machine
 _DATABASE = ("database_workload.json", "database_tuning_record.json")
 CURVE = "curve.jsonl"
@@ -80,12 +85,16 @@ def mend(folder: Path) -> int:
     return cut
 
 
-def search(module: Any, machine: Machine, threads: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """Searches for up to `seconds` (the round in hand is finished), measuring on this CPU; what is found is in `folder`.
-    A graph of which nothing can be tuned ends it at once.
+def search(
+    module: Any, machine: Machine, threads: int, seconds: float, folder: Path, scratch: Path
+) -> tuple[dict[str, Any], Any]:
+    """Searches, measuring on this CPU, and applies what was found; what was measured is in `folder`. `seconds` are for both: a
+    round has as many candidates as there is time for, by the round before. A graph of which nothing can be tuned ends it at once. `scratch`: a folder
+    for what the search compiles, empty again afterwards.
 
-    Returns what the manifest says of it: seconds, rounds, candidates measured, and the curve [(seconds, estimated seconds
-    of one run)]. Raises MissingBackend without xgboost, BackendFailed.
+    Returns what the manifest says of it, and the module with the faster schedule of each function: seconds, rounds, candidates
+    measured, the curve [(seconds, estimated seconds of one run)], and how many functions have a searched schedule.
+    Raises MissingBackend without xgboost, BackendFailed.
     """
     lacking = missing()
     if lacking is not None:
@@ -95,47 +104,47 @@ def search(module: Any, machine: Machine, threads: int, seconds: float, folder: 
     start = time.perf_counter()
     target = machine.target(threads)
     mend(folder)
-    with failures("TVM's search failed"), target:
+    with failures("TVM's search failed"), target, workers(threads, scratch):
         database = ms.database.JSONDatabase(work_dir=str(folder))
+        before = len(database)
         found = ms.relax_integration.extract_tasks(module, target)
         tasks = Tasks([t.task_name for t in found], [t.dispatched[0] for t in found], [int(t.weight) for t in found])
-        builder = ms.builder.LocalBuilder(max_workers=1, timeout_sec=_WORKER_TIMEOUT_S, f_build=candidate)
-        config = ms.runner.EvaluatorConfig(number=1, repeat=3, min_repeat_ms=20)
-        runner = ms.runner.LocalRunner(timeout_sec=_WORKER_TIMEOUT_S, evaluator_config=config)
-        before = len(database)
-        for at, each in enumerate(tasks.modules):
-            children.report_progress(f"tune: the default schedule of {tasks.names[at]}", 0.0)
-            tasks.best_s.append(_measured_default(each, database, builder, runner, target, machine))
-            tasks.rounds.append(0)
-        curve = [(time.perf_counter() - start, tasks.total_s)]
-        _keep(folder, curve[-1], "default schedules")
-        model = ms.cost_model.XGBModel(num_tuning_cores=1)
-        while (passed := time.perf_counter() - start) < seconds:
-            chosen = tasks.next()
-            if chosen is None:
-                break
-            at = chosen
-            children.report_progress(f"tune: {tasks.names[at]}, {tasks.total_s * 1e3:.2f} ms a run so far", passed / seconds)
-            _round(tasks, at, database, builder, runner, model, target, folder)
-            curve.append((time.perf_counter() - start, tasks.total_s))
-            _keep(folder, curve[-1], tasks.names[at])
-    return {
+        choice_s = min(_CHOICE_SHARE * seconds, _CHOICE_S * len(tasks.names))
+        curve = _rounds(tasks, Bench(database, target, folder), machine, start, seconds - choice_s)
+        left = max(choice_s, seconds - (time.perf_counter() - start))
+        scheduled, counts = apache_tvm_choice.applied(module, machine, threads, database, left)
+    facts = {
         "seconds": time.perf_counter() - start,
         "asked_s": seconds,
         "tasks": len(tasks.names),
         "rounds": sum(tasks.rounds),
         "measured": len(database) - before,
+        "functions": counts,
         "curve": [[round(t, 2), total] for t, total in curve],
     }
+    return facts, scheduled
 
 
-def applied(module: Any, machine: Machine, threads: int, folder: Path) -> Any:
-    """The module with the best schedule of the database on each function that is in it. Raises BackendFailed."""
-    from tvm import relax
+def _rounds(tasks: Tasks, bench: Bench, machine: Machine, start: float, seconds: float) -> list[tuple[float, float]]:
+    """Default schedules, then round after round of candidates until `seconds` after `start`; returns the curve."""
+    from tvm.s_tir import meta_schedule as ms
 
-    mend(folder)
-    with failures("TVM cannot apply its tuning database"), machine.target(threads):
-        return relax.transform.MetaScheduleApplyDatabase(str(folder))(module)
+    bench.take_defaults(tasks, machine, start + seconds)
+    curve = [(time.perf_counter() - start, tasks.total_s)]
+    _keep(bench.folder, curve[-1], "default schedules")
+    model = ms.cost_model.XGBModel(num_tuning_cores=1)
+    trial_s = 0.0
+    while (passed := time.perf_counter() - start) < seconds:
+        chosen = tasks.next()
+        trials = min(_TRIALS_A_ROUND, int((seconds - passed) / trial_s)) if trial_s else _FIRST_TRIALS
+        if chosen is None or trials < 1:
+            break
+        children.report_progress(f"tune: {tasks.names[chosen]}, {tasks.total_s * 1e3:.2f} ms a run so far", passed / seconds)
+        bench.take_round(tasks, chosen, model, trials)
+        curve.append((time.perf_counter() - start, tasks.total_s))
+        trial_s = (curve[-1][0] - passed) / trials
+        _keep(bench.folder, curve[-1], tasks.names[chosen])
+    return curve
 
 
 def candidate(module: Any, target: Any, _: Any) -> Any:
@@ -146,71 +155,101 @@ def candidate(module: Any, target: Any, _: Any) -> Any:
     return driver.build(s_tir.transform.RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(module), target=target)
 
 
-def _measured_default(module: Any, database: Any, builder: Any, runner: Any, target: Any, machine: Machine) -> float:
-    """The best seconds that the database knows for a task, after our default schedule has been measured into it."""
-    from tvm.s_tir import meta_schedule as ms
+def fastest(library: Any, device: Any, config: Any, arguments: Any) -> list[float]:
+    """The least of a candidate's repeats, in a worker of TVM's runner: what else the machine does only adds to a time."""
+    from tvm.s_tir.meta_schedule.runner.utils import run_evaluator_common
 
-    workload = database.commit_workload(module)
-    known = database.get_top_k(workload, 1)
-    if known:
-        return _seconds(known[0])
-    schedule = apache_tvm_schedule.of_function(module["main"], machine.registers)
-    if schedule is None:
-        return 0.0  # a function of no loops that can be scheduled: no search can do anything for it either
-    built = builder.build([ms.builder.BuilderInput(schedule.mod, target)])[0]
-    if built.error_msg:
-        raise BackendFailed(f"TVM's search cannot build a candidate: {_last_line(built.error_msg)}")
-    arguments = ms.arg_info.ArgInfo.from_prim_func(module["main"])
-    ran = runner.run([ms.runner.RunnerInput(built.artifact_path, "cpu", arguments)])[0].result()
-    if ran.error_msg or not ran.run_secs:
-        raise BackendFailed(f"TVM's search cannot run a candidate: {_last_line(ran.error_msg)}")
-    database.commit_tuning_record(ms.database.TuningRecord(schedule.trace, workload, ran.run_secs, target, arguments))
-    return _seconds(database.get_top_k(workload, 1)[0])
+    return [min(run_evaluator_common(library, device, config, arguments))]
 
 
-def _round(tasks: Tasks, at: int, database: Any, builder: Any, runner: Any, model: Any, target: Any, folder: Path) -> None:
-    """One round of candidates for one task; its best time and its count are brought up to date."""
-    from tvm.s_tir import meta_schedule as ms
+class Bench:
+    """TVM's workers, which compile and time candidates, and the database that takes what they find."""
 
-    logs = folder / "logs"
-    logs.mkdir(exist_ok=True)
-    context = ms.TuneContext(
-        mod=tasks.modules[at],
-        target=target,
-        space_generator="post-order-apply",
-        search_strategy=ms.search_strategy.EvolutionarySearch(
-            population_size=128, init_min_unmeasured=16, genetic_num_iters=3, max_fail_count=3
-        ),
-        task_name=tasks.names[at],
-        num_threads=1,
-    ).clone()
-    ms.tune_tasks(
-        tasks=[context],
-        task_weights=[1.0],
-        work_dir=str(folder),
-        max_trials_global=_TRIALS_A_ROUND,
-        num_trials_per_iter=_TRIALS_A_ROUND,
-        builder=builder,
-        runner=runner,
-        database=database,
-        cost_model=model,
-    )
-    tasks.rounds[at] += 1
-    known = database.get_top_k(database.commit_workload(tasks.modules[at]), 1)
-    if known:
-        tasks.best_s[at] = _seconds(known[0])
+    def __init__(self, database: Any, target: Any, folder: Path) -> None:
+        from tvm.s_tir import meta_schedule as ms
+
+        self._database, self._target, self.folder = database, target, folder
+        self._builder = ms.builder.LocalBuilder(max_workers=1, timeout_sec=_WORKER_TIMEOUT_S, f_build=candidate)
+        config = ms.runner.EvaluatorConfig(number=1, repeat=4, min_repeat_ms=20)
+        self._runner = ms.runner.LocalRunner(timeout_sec=_WORKER_TIMEOUT_S, evaluator_config=config, f_run_evaluator=fastest)
+
+    def take_defaults(self, tasks: Tasks, machine: Machine, until: float) -> None:
+        """Fills in the best seconds that the database knows for each task, our default schedule of each measured into it. After
+        `until` no more are begun: what is left has no time, and no search."""
+        tasks.best_s = [self._best_s(module) for module in tasks.modules]
+        tasks.rounds = [0] * len(tasks.names)
+        # None: a function of no loops that can be scheduled, for which no search can do anything either
+        ours = [
+            None if best > 0 else apache_tvm_schedule.of_function(module["main"], machine.registers)
+            for best, module in zip(tasks.best_s, tasks.modules, strict=True)
+        ]
+        wanted = [at for at, schedule in enumerate(ours) if schedule is not None]
+        for first in range(0, len(wanted), _DEFAULTS_AT_ONCE):
+            if time.perf_counter() >= until:
+                return
+            part = wanted[first : first + _DEFAULTS_AT_ONCE]
+            children.report_progress(f"tune: default schedules, {first} of {len(wanted)}", 0.0)
+            for at, seconds in zip(part, self._times([(tasks.modules[at], ours[at]) for at in part]), strict=True):
+                tasks.best_s[at] = seconds
+
+    def _best_s(self, module: Any) -> float:
+        """What the database knows as a task's best; 0 for nothing."""
+        known = self._database.get_top_k(self._database.commit_workload(module), 1)
+        return mean_s(known[0]) if known else 0.0
+
+    def _times(self, scheduled: list[tuple[Any, Any]]) -> list[float]:
+        """Seconds of each (function, schedule of it), which are in the database afterwards. Raises BackendFailed."""
+        from tvm.s_tir import meta_schedule as ms
+
+        found = []
+        built = self._builder.build([ms.builder.BuilderInput(schedule.mod, self._target) for _, schedule in scheduled])
+        for (module, schedule), each in zip(scheduled, built, strict=True):
+            if each.error_msg:
+                raise BackendFailed(f"TVM's search cannot build a candidate: {_last_line(each.error_msg)}")
+            arguments = ms.arg_info.ArgInfo.from_prim_func(module["main"])
+            ran = self._runner.run([ms.runner.RunnerInput(each.artifact_path, "cpu", arguments)])[0].result()
+            if ran.error_msg or not ran.run_secs:
+                raise BackendFailed(f"TVM's search cannot run a candidate: {_last_line(ran.error_msg)}")
+            workload = self._database.commit_workload(module)
+            record = ms.database.TuningRecord(schedule.trace, workload, ran.run_secs, self._target, arguments)
+            self._database.commit_tuning_record(record)
+            found.append(mean_s(record))
+        return found
+
+    def take_round(self, tasks: Tasks, at: int, model: Any, trials: int) -> None:
+        """One round of so many candidates for one task; its best time and its count are brought up to date."""
+        from tvm.s_tir import meta_schedule as ms
+
+        (self.folder / "logs").mkdir(exist_ok=True)
+        context = ms.TuneContext(
+            mod=tasks.modules[at],
+            target=self._target,
+            space_generator="post-order-apply",
+            search_strategy=ms.search_strategy.EvolutionarySearch(
+                population_size=128, init_min_unmeasured=16, genetic_num_iters=3, max_fail_count=3
+            ),
+            task_name=tasks.names[at],
+            num_threads=1,
+        ).clone()
+        ms.tune_tasks(
+            tasks=[context],
+            task_weights=[1.0],
+            work_dir=str(self.folder),
+            max_trials_global=trials,
+            num_trials_per_iter=trials,
+            builder=self._builder,
+            runner=self._runner,
+            database=self._database,
+            cost_model=model,
+        )
+        tasks.rounds[at] += 1
+        tasks.best_s[at] = self._best_s(tasks.modules[at]) or tasks.best_s[at]
 
 
 def _last_line(text: object) -> str:
     """The end of a worker's traceback: what was raised there."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no reason given"
-
-
-def _seconds(record: Any) -> float:
-    """The mean of a record's repeats: what meta-schedule itself ranks by."""
-    times = [float(s) for s in record.run_secs]
-    return sum(times) / len(times)
 
 
 def _keep(folder: Path, point: tuple[float, float], what: str) -> None:

@@ -25,6 +25,7 @@ class LiteRt:
 
     name = NAME
     extra = "litert"
+    from_fp32 = ("fp16", "int8-dynamic", "int8")
 
     def missing(self) -> Missing | None:
         """Why LiteRT or its converter is not here; None when both are."""
@@ -65,18 +66,16 @@ class LiteRt:
         return "source-calibrated" if precision == "int8" else "source"
 
     def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
-        """model.tflite in `folder`; one file for each batch where the graph cannot be resized to another.
+        """model.tflite in `folder`; one file for each batch where the graph cannot be resized to another. `artifact`: a PyTorch
+        source, which is converted, or an FP32 engine of this backend.
 
         `request.options`: 'io' is 'float' (default) or 'int8', what a static INT8 file takes and gives.
         Raises BackendFailed, ModelError, NotForThisGraph.
         """
         io = _io(request)
         with litert_convert.quiet():
-            source = torch_source.load(artifact)
-            made = {
-                batch: _in_precision(data, batch, request, io)
-                for batch, data in litert_convert.convert(source, artifact.signature, request).items()
-            }
+            floats = _floats(artifact) if artifact.format == NAME else _converted(artifact, request)
+            made = {batch: _in_precision(data, batch, request, io) for batch, data in floats.items()}
         names = {batch: _file(batch, first=position == 0) for position, batch in enumerate(made)}
         for batch, data in made.items():
             (folder / names[batch]).write_bytes(data)
@@ -110,6 +109,16 @@ class LiteRt:
         the files were not made for, ModelError for a file that is no .tflite, BackendFailed."""
         opened.require_batch(engine.signature, request)
         return LiteRtSession(_path(engine, request.batch), engine.signature, request)
+
+
+def _converted(artifact: Artifact, request: BuildRequest) -> dict[int, bytes]:
+    return litert_convert.convert(torch_source.load(artifact), artifact.signature, request)
+
+
+def _floats(engine: Artifact) -> dict[int, bytes]:
+    """The files of an FP32 engine by batch, as `litert_convert.convert` gave them."""
+    assert engine.precision == "fp32", engine
+    return {int(batch): (engine.path.parent / name).read_bytes() for batch, name in engine.facts["files"].items()}
 
 
 def _io(request: BuildRequest) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -283,8 +284,8 @@ def engine(
     graph: Artifact,
     calibration: Samples | None = None,
 ) -> Artifact:
-    """The engine of one (backend, precision, target), built in a child process. `calibration`: the samples of a backend that
-    quantizes by itself. Raises what the backend raises."""
+    """The engine of one (backend, precision, target), built in a child process; of the backend's FP32 engine where it makes it of
+    that. `calibration`: the samples of a backend that quantizes by itself. Raises what the backend raises."""
     backend = backends.get(backend_name)
     request = BuildRequest(precision, target, batches, dict(shapes), calibration=calibration)
     options: dict[str, Any] = {
@@ -300,9 +301,13 @@ def engine(
     what = f"{backend_name} {precision}" + ("" if target == "cpu" else f" {target}")
 
     def build(folder: Path) -> Artifact:
-        made: Artifact = shop.child(f"build {what}", build_engine, backend_name, graph, request, folder)
+        base = graph
+        if backends.from_fp32(backend_name, precision):
+            base = engine(shop, backend_name, "fp32", target, batches, shapes, graph)
+        start = time.perf_counter()
+        made: Artifact = shop.child(f"build {what}", build_engine, backend_name, base, request, folder)
         kept = {k: shop.model.facts[k] for k in ("preprocess", "classes") if shop.model.facts.get(k)}  # for predict and package
-        facts = {**kept, **made.facts}
+        facts = {**kept, "build_s": time.perf_counter() - start, **made.facts}
         return replace(made, stage="engine", precision=precision, device=target, parent=graph.sha256, facts=facts)
 
     return shop.keep("engine", what, graph.sha256, options, build, versions=backend.versions(), code=backend_code(backend_name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,7 @@ class Workshop:
     reused: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
     tables: dict[str, Artifact] = field(default_factory=dict)
+    _making: dict[str, threading.Lock] = field(default_factory=dict, repr=False)  # two threads that need the same make it once
 
     @property
     def name(self) -> str:
@@ -167,8 +169,10 @@ class Workshop:
             facts = {"build_s": time.perf_counter() - start, **made.facts}
             return replace(made, options={**options, **made.options}, versions={**known, **made.versions}, facts=facts)
 
-        found, reused = self.store.make(self.name, key, fill)
-        (self.reused if reused else self.made).append(what)
+        with self._making.setdefault(key.digest, threading.Lock()):
+            found, reused = self.store.make(self.name, key, fill)
+        if what not in self.made:  # an engine that another one was made of comes up twice
+            (self.reused if reused else self.made).append(what)
         return found
 
     def child(self, what: str, function: Callable[..., Any], *args: Any) -> Any:

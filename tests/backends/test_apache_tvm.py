@@ -135,7 +135,7 @@ def test_a_search_is_refused_where_it_cannot_measure(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(apache_tvm_tuning.installed, "missing", lambda module, _: apache_tvm.Missing(module, "pip"))
     assert "pip install xgboost-cpu" in str(apache_tvm_tuning.missing())
     with pytest.raises(MissingBackend, match="xgboost"):
-        apache_tvm_tuning.search(None, apache_tvm_compile.arm(), 1, 1.0, tmp_path)
+        apache_tvm_tuning.search(None, apache_tvm_compile.arm(), 1, 1.0, tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -157,8 +157,9 @@ def test_a_library_a_batch_that_is_tuned_is_compiled_and_listed_once(tmp_path: P
     monkeypatch.setattr(apache_tvm_compile, "imported", fixed_only)
     monkeypatch.setattr(apache_tvm_compile, "library", counted)
     monkeypatch.setattr(apache_tvm_tuning, "missing", lambda: None)
-    monkeypatch.setattr(apache_tvm_tuning, "search", lambda *_: {"curve": [[0.0, 0.0]]})  # what it costs is not the point here
-    monkeypatch.setattr(apache_tvm_tuning, "applied", lambda module, *_: module)
+    # what it costs is not the point here
+    monkeypatch.setattr(apache_tvm_tuning, "search", lambda module, *_: ({"curve": [[0.0, 0.0]]}, module))
+    monkeypatch.setattr(apache_tvm, "_against_default", lambda *_: {})
     fp32 = _graph(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])])
     options = {"tune": 1.0, "threads": 1}
     made = BACKEND.build(fp32, BuildRequest("fp32", batches=(1, 2), options=options), tmp_path).save()

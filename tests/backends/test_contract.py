@@ -17,7 +17,11 @@ from deploykit.session import PRECISIONS, OpenRequest
 # torch-compile takes seconds a model and batch, LiteRT's converter ten a model: the rest of theirs is slow.
 HERE = [name for name in backends.names() if backends.get(name).missing() is None]
 RUN_HERE = [name for name in HERE if backends.get(name).cannot_run() is None]
-QUICK = {"torch-compile": (), "litert": (("fp32", "conv_net"), ("int8", "conv_net")), "tvm": (("fp32", "conv_net"),)}
+QUICK = {
+    "torch-compile": (),
+    "litert": (("fp32", "conv_net"), ("int8", "conv_net"), ("int8-dynamic", "conv_net")),
+    "tvm": (("fp32", "conv_net"),),
+}
 
 
 def _marks(name: str, precision: str, model: str) -> list[pytest.MarkDecorator]:
@@ -46,7 +50,8 @@ def _engine(backend: str, precision: str, model: str, folder: Path) -> tuple[Art
     fp32 = _made.get((model,)) or _made.setdefault((model,), cases.model(model, folder))
     key = (backend, precision, model)
     if key not in _made:
-        _made[key] = cases.engine(backends.get(backend), fp32, precision, folder)
+        base = _engine(backend, "fp32", model, folder)[1] if backends.from_fp32(backend, precision) else None
+        _made[key] = cases.engine(backends.get(backend), fp32, precision, folder, base)
     return fp32, _made[key]
 
 
