@@ -23,6 +23,8 @@ def beside(
     task: Task, folder: Path, made: Mapping[frozenset[str], Artifact], best: Artifact, narrator: Narrator
 ) -> dict[str, Any]:
     """Images per second of float, plain INT8 and the choice, measured in turns; what could not be measured is left out."""
+    if task.layout == "tensorrt":
+        return {"note": "not measured: the graph is for TensorRT, and its speed on a CPU says nothing of that on a GPU"}
     name = next((n for n in ("openvino", "onnxruntime") if backends.get(n).missing() is None), None)
     if name is None:
         return {"note": "not measured: neither OpenVINO nor ONNX Runtime is here"}

@@ -26,6 +26,7 @@ _FLOAT_PARTS = (
     "what is not INT8 stays in FP32; from the float model, deploykit build-trt MODEL --int8 --calib FILE writes it in FP16, which "
     "TensorRT runs faster"
 )
+_HALF_PARTS = "what is not INT8 is in FP16, inputs and outputs in FP32: build it with deploykit build-trt GRAPH --int8"
 MODES = ("static", "dynamic", "fp16", "mixed")
 LAYOUTS = ("cpu", "tensorrt")
 
@@ -180,7 +181,7 @@ def _mixed_file(
             "equalize": request.int8.equalize,
         }
         if layout == "tensorrt":
-            made = int8.noted(made, _FLOAT_PARTS)
+            made = int8.noted(made, _HALF_PARTS)
         return replace(made, parent=model.artifact.sha256, facts={**kept, **made.facts}, options=options)
 
     with scratch_beside(out) as folder:

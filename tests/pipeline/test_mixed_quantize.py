@@ -91,6 +91,19 @@ def test_mixed_meets_its_budget_and_goes_on_from_what_it_has(net: Path, monkeypa
     assert json.loads((net.parent / "out.onnx.search.json").read_text()) == notes
 
 
+def test_the_layers_kept_for_tensorrt_are_in_half(net: Path) -> None:
+    made = quantize(net, "mixed", layout="tensorrt", budget=Budget(min_sqnr_db=119.0))
+    kept = made.facts["mixed"]["kept_in_float"]
+    assert kept
+    written = onnx.load(str(made.path))
+    types = {t.name: t.data_type for t in written.graph.initializer}
+    weights = [types[n.input[1]] for n in written.graph.node if n.name in kept]
+    assert weights == [onnx.TensorProto.FLOAT16] * len(kept)
+    lines = single.fact_lines(made)
+    assert any("build-trt GRAPH --int8" in text for text in lines)
+    assert any("not measured: the graph is for TensorRT" in text for text in lines)
+
+
 def test_a_budget_out_of_reach_gives_the_best_and_says_so(net: Path) -> None:
     made = quantize(net, "mixed", budget=Budget(min_sqnr_db=119.0))
     assert not single.budget_met(made)
