@@ -68,7 +68,8 @@ def imported(path: Path, model: Path, digest: str) -> CalibrationTable:
         )
     notes = [f"calibrated elsewhere, by {cache.origin}: on which samples, it does not say", *cache.notes]
     if strays := cache.ends.keys() - shared.keys():
-        notes.append(f"{len(strays)} tensors of the cache are not in the graph: {_some(strays)}")
+        doubt = "; was it made for another model?" if len(strays) > len(shared) else ""
+        notes.append(f"{len(strays)} of {len(cache.ends)} tensors of the cache are not in the graph: {_some(strays)}{doubt}")
     if bare := wanted - reads:
         notes.append(
             f"{len(bare)} of {len(wanted)} tensors that layers read have no range in the cache; those layers stay in float: {_some(bare)}"
