@@ -4,6 +4,9 @@
 
 The .onnx is ResNet-18 at 224 x 224 (`deploykit export resnet18 -o resnet18.onnx`). The search keeps its database in the user's
 cache, so that a second run goes on where the first one stopped: the seconds reported are this run's. Needs xgboost-cpu and psutil.
+
+estimate_ms: the sum of the best times of the functions; over_default: how many times as fast as default schedules the library is, by
+the build itself, in turns ('of the search': where what was found was slower, and was left out).
 """
 
 from __future__ import annotations
@@ -39,6 +42,15 @@ def pairs(tvm: Any, eager: Any, count: int) -> list[tuple[float, float]]:
         if at >= 3:
             found.append((times["tvm"], times["eager"]))
     return found
+
+
+def curve(folder: Path) -> list[list[float]] | None:
+    """[seconds of this slice, estimated ms of a run] after each round of its search; None without one."""
+    log = folder / "tuning.json"
+    if not log.is_file():
+        return None
+    (found,) = json.loads(log.read_text()).values()
+    return [[seconds, run_s * 1e3] for seconds, run_s in found["curve"]]
 
 
 def summary(found: list[tuple[float, float]]) -> dict[str, float]:
@@ -94,6 +106,10 @@ def main() -> None:
             "searched_s": search.get("seconds", 0.0) + (rows[-1]["searched_s"] if rows else 0.0),
             "candidates": search.get("measured", 0) + (rows[-1]["candidates"] if rows else 0),
             "estimate_ms": search["curve"][1] * 1e3 if search else None,
+            "functions": search.get("functions"),
+            "over_default": search.get("over_default"),
+            "over_default_of_the_search": search.get("searched_over_default"),
+            "curve": curve(folder),
             "build_s": took,
             **summary(pairs(session.bind({spec.name: data}), eager, given.pairs)),
             "load": [load, os.getloadavg()[0]],

@@ -21,7 +21,6 @@ from deploykit.errors import BackendFailed, InputError, MissingBackend
 from deploykit.session import Missing
 
 _TRIALS_A_ROUND = 16
-_FIRST_TRIALS = 4  # of the first round, which shows how long one takes on this machine
 _DEFAULTS_AT_ONCE = 8  # compiled by one worker, which takes seconds to start
 _CHOICE_SHARE = 0.15  # of the budget, at most, for the comparison at its end
 _CHOICE_S = 2.0  # and at most for each function
@@ -88,8 +87,8 @@ def mend(folder: Path) -> int:
 def search(
     module: Any, machine: Machine, threads: int, seconds: float, folder: Path, scratch: Path
 ) -> tuple[dict[str, Any], Any]:
-    """Searches, measuring on this CPU, and applies what was found; what was measured is in `folder`. `seconds` are for both: a
-    round has as many candidates as there is time for, by the round before. A graph of which nothing can be tuned ends it at once. `scratch`: a folder
+    """Searches, measuring on this CPU, and applies what was found; what was measured is in `folder`. `seconds` are for both: no
+    round is begun that would not end in time, by the one before. A graph of which nothing can be tuned ends it at once. `scratch`: a folder
     for what the search compiles, empty again afterwards.
 
     Returns what the manifest says of it, and the module with the faster schedule of each function: seconds, rounds, candidates
@@ -133,16 +132,15 @@ def _rounds(tasks: Tasks, bench: Bench, machine: Machine, start: float, seconds:
     curve = [(time.perf_counter() - start, tasks.total_s)]
     _keep(bench.folder, curve[-1], "default schedules")
     model = ms.cost_model.XGBModel(num_tuning_cores=1)
-    trial_s = 0.0
-    while (passed := time.perf_counter() - start) < seconds:
+    round_s = 0.0
+    while (passed := time.perf_counter() - start) + round_s < seconds:
         chosen = tasks.next()
-        trials = min(_TRIALS_A_ROUND, int((seconds - passed) / trial_s)) if trial_s else _FIRST_TRIALS
-        if chosen is None or trials < 1:
+        if chosen is None:
             break
         children.report_progress(f"tune: {tasks.names[chosen]}, {tasks.total_s * 1e3:.2f} ms a run so far", passed / seconds)
-        bench.take_round(tasks, chosen, model, trials)
+        bench.take_round(tasks, chosen, model)
         curve.append((time.perf_counter() - start, tasks.total_s))
-        trial_s = (curve[-1][0] - passed) / trials
+        round_s = curve[-1][0] - passed
         _keep(bench.folder, curve[-1], tasks.names[chosen])
     return curve
 
@@ -216,8 +214,8 @@ class Bench:
             found.append(mean_s(record))
         return found
 
-    def take_round(self, tasks: Tasks, at: int, model: Any, trials: int) -> None:
-        """One round of so many candidates for one task; its best time and its count are brought up to date."""
+    def take_round(self, tasks: Tasks, at: int, model: Any) -> None:
+        """One round of candidates for one task; its best time and its count are brought up to date."""
         from tvm.s_tir import meta_schedule as ms
 
         (self.folder / "logs").mkdir(exist_ok=True)
@@ -225,8 +223,9 @@ class Bench:
             mod=tasks.modules[at],
             target=self._target,
             space_generator="post-order-apply",
+            # smaller than TVM's own populations: what a round computes before it measures anything took 70 s of CPU time at 128 and 3
             search_strategy=ms.search_strategy.EvolutionarySearch(
-                population_size=128, init_min_unmeasured=16, genetic_num_iters=3, max_fail_count=3
+                population_size=64, init_min_unmeasured=16, genetic_num_iters=2, max_fail_count=3
             ),
             task_name=tasks.names[at],
             num_threads=1,
@@ -235,8 +234,8 @@ class Bench:
             tasks=[context],
             task_weights=[1.0],
             work_dir=str(self.folder),
-            max_trials_global=trials,
-            num_trials_per_iter=trials,
+            max_trials_global=_TRIALS_A_ROUND,
+            num_trials_per_iter=_TRIALS_A_ROUND,
             builder=self._builder,
             runner=self._runner,
             database=self._database,
