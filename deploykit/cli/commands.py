@@ -163,6 +163,7 @@ def quantize(
     rounding: o.Rounding = "nearest",
     equalize: o.Equalize = False,
     preprocess: o.Preprocess = None,
+    classes: o.Classes = None,
     limit: o.Limit = None,
     shapes: o.Shapes = None,
 ) -> int:
@@ -179,7 +180,7 @@ def quantize(
     parsing.positive(n, "-n")
     budget = parsing.budget(max_drop, min_sqnr, min_agreement)
     int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding, equalize)
-    request = DataRequest(data, None, preprocess, None, limit, n, method, calib, int8=int8, budget=budget)
+    request = DataRequest(data, None, preprocess, classes, limit, n, method, calib, int8=int8, budget=budget)
     with Bar() as bar:
         made = quantizing.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))
     say(f"{out}: {made.precision}, {made.size_bytes / 1e6:.1f} MB")

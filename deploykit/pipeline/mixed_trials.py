@@ -64,7 +64,7 @@ def contributions(task: Task, few: Samples) -> Any:
 
     request = task.recipe.request
     options = precision.Int8Options(request.reduce_range, request.weight_scales)
-    return precision.contributions(task.path, task.table, task.layout, options, few, centred=task.recipe.corrects)
+    return precision.contributions(task.path, task.table, task.layout, options, few, corrected=task.recipe.corrects)
 
 
 def plain_int8(task: Task, out: Path) -> None:

@@ -12,6 +12,7 @@ from deploykit import artifact as artifacts
 from deploykit import children, data
 from deploykit.artifact import Artifact
 from deploykit.calibration_table import CalibrationTable
+from deploykit.data.images import ImageReader
 from deploykit.errors import InputError, UnknownName
 from deploykit.pipeline import int8
 from deploykit.pipeline.delivered import deliver, scratch_beside
@@ -21,6 +22,7 @@ from deploykit.pipeline.single import ModelFile, make_table, needs_suffix, open_
 from deploykit.pipeline.workshop import STAGE_TIMEOUT_S
 from deploykit.samples import Samples
 from deploykit.signature import ShapeRange
+from deploykit.stages.mixed import Budget
 
 _FLOAT_PARTS = (
     "what is not INT8 stays in FP32; from the float model, deploykit build-trt MODEL --int8 --calib FILE writes it in FP16, which "
@@ -158,13 +160,13 @@ def _mixed_file(
     """The mixed graph for the budget at `out`; whatever is best so far lies there already while the search goes on."""
     from deploykit.pipeline import mixed
     from deploykit.pipeline.mixed_trials import Task
-    from deploykit.stages.mixed import Budget
 
     budget = request.budget or Budget()  # which raises: there is none
     if request.data is None:
         raise InputError("mixed precision needs samples to calibrate and to tune on", "add --data DATA")
     children.run("read", _require_float, path)
     everything = open_data(model, request.data, request, shapes)
+    _require_labels(budget, everything, known=bool(request.classes or model.classes))
     calibration, judge = data.split(everything, calib_n=request.calib_n + mixed.TUNE_N)
     calibrate, tune = mixed.tuning_share(calibration)
     recipe = Int8Recipe(request.int8, calibrate)
@@ -197,6 +199,23 @@ def _mixed_file(
         made = mixed.find(task, folder, out.with_name(out.name + ".search.json"), narrator, better, name=out.name)
         better(made)
         return artifacts.load(out)
+
+
+def _require_labels(budget: Budget, samples: Samples, *, known: bool) -> None:
+    """Raises InputError, before anything is spent, for a drop in top-1 that these samples cannot show: without labels, or with
+    labels that are the sub-folders of a data set whose order in the model's output nothing says."""
+    if budget.max_drop_pp is None:
+        return
+    if samples.labels is None:
+        raise InputError(
+            f"--max-drop needs labels, and {samples.spec} has none",
+            "give labelled data, or --min-agreement 0.99, or --min-sqnr 25",
+        )
+    if not known and isinstance(samples.reader, ImageReader):
+        raise InputError(
+            f"{samples.spec} has a sub-folder a class, and nothing says in which order the model's outputs are",
+            "add --classes FILE, one class name a line in the model's order, or give --min-agreement or --min-sqnr",
+        )
 
 
 def _require_float(path: Path) -> None:

@@ -137,9 +137,12 @@ def _read_model(path: Path) -> tuple[Signature, str]:
 
 
 def open_data(model: ModelFile, spec: str, request: DataRequest, shapes: Mapping[str, ShapeRange]) -> Samples:
-    """The samples of DATA for that model, with --preprocess, or its manifest's own preprocessing."""
+    """The samples of DATA for that model, with --preprocess and --classes, or its manifest's own."""
+    from deploykit.pipeline.shares import class_names
+
     own = preprocess.chosen(request.preprocess, model.artifact.facts.get("preprocess"))
-    return data.open(spec, model.artifact.signature, preprocess=own, classes=model.classes, limit=request.limit, shapes=shapes)
+    classes = class_names(request.classes) or model.classes
+    return data.open(spec, model.artifact.signature, preprocess=own, classes=classes, limit=request.limit, shapes=shapes)
 
 
 @dataclass(frozen=True)

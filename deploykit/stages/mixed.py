@@ -193,23 +193,31 @@ class _Search:
                 low = length
 
     def predicted(self) -> int:
-        """How many layers the additive model keeps for an SQNR limit, scaled by the last trial; else the middle of the bracket."""
-        limit = self.budget.min_sqnr_db
+        """How many layers to try: for an SQNR limit what the additive model keeps, scaled by the trial that came closest; else,
+        and by each third trial, the middle of the bracket. Where nothing has met the budget yet, steps grow from trial to trial."""
         failed = [len(t.kept) for t in self.trials if self.budget.shortfall(t.score) > 0]
         met = [len(t.kept) for t in self.trials if self.budget.shortfall(t.score) == 0]
         low, high = max(failed, default=0), min(met, default=len(self.order))
-        last = self.trials[-1]
-        sqnr = last.score.sqnr_db
-        if limit is None or sqnr is None or sqnr == math.inf or len(self.trials) % 3 == 0:  # each third trial halves the bracket
+        length = self.by_noise()
+        if length is None:
             if met:
                 return low + max(1, (high - low) // 2)
             return low + max(1, low, math.isqrt(high - low))  # doubling: the end of a long list is reached in a few trials
+        if not met:
+            return max(length, low + (1 << (len(failed) - 1)))
+        return length if low < length < high and len(self.trials) % 3 else (low + high) // 2
+
+    def by_noise(self) -> int | None:
+        """The shortest length whose layers left in INT8 bring no more noise than an SQNR limit allows; None without one."""
+        limit = self.budget.min_sqnr_db
+        known = [t for t in self.trials if t.score.sqnr_db is not None and math.isfinite(t.score.sqnr_db)]
+        if limit is None or not known:
+            return None
+        nearest = min(known, key=lambda t: abs((t.score.sqnr_db or 0.0) - limit))
         rest = [layer.noise for layer in self.order]
-        left = sum(rest[len(last.kept) :])
-        scale = 10 ** (-sqnr / 10) / max(left, 1e-30)
-        wanted = 10 ** (-limit / 10)
-        length = next((k for k in range(len(rest)) if scale * sum(rest[k:]) <= wanted), len(rest))
-        return length if low < length < high else (low + high) // 2
+        left = sum(rest[len(nearest.kept) :])
+        scale = 10 ** (-(nearest.score.sqnr_db or 0.0) / 10) / max(left, 1e-30)
+        return next((k for k in range(len(rest)) if scale * sum(rest[k:]) <= 10 ** (-limit / 10)), len(rest))
 
     def attempt(self, length: int) -> bool:
         """Whether the first `length` layers in float meet the budget."""

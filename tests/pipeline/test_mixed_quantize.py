@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models
+from PIL import Image
 
 pytest.importorskip("onnxruntime")
 
@@ -203,3 +204,19 @@ def test_two_mixed_graphs_in_one_folder_each_have_their_own_weights(net: Path, m
         assert tuple(made.companions) == (f"{name}.data",) and (net.parent / f"{name}.data").is_file()
     (net.parent / "two.onnx.data").unlink()
     assert artifacts.load(net.parent / "one.onnx").path.is_file()
+
+
+def test_a_drop_in_top1_needs_labels_in_the_models_order(net: Path) -> None:
+    with np.load(net.parent / "data.npz") as given:
+        np.savez(net.parent / "bare.npz", x=given["x"])
+    for name in "ab":
+        (net.parent / "classes" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(ord(name) + i).integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(net.parent / "classes" / name / f"{i}.png")
+    budget = Budget(max_drop_pp=0.5)
+    for data, fault in (("bare.npz", "needs labels"), ("classes", "which order")):
+        request = DataRequest(str(net.parent / data), preprocess="resize=8,crop=8", budget=budget)
+        with pytest.raises(InputError, match=fault):
+            quantizing.quantize_file(net, "mixed", "cpu", net.parent / "o.onnx", request, Silent(), {})
+    assert not list(net.parent.glob("o.onnx*"))

@@ -106,3 +106,14 @@ def test_a_long_list_is_searched_to_its_end(wanted: int) -> None:
     layers = [Layer(f"n{i:03}", 1e-3, 1.0) for i in range(200)]
     found = search(layers, Additive(layers), Budget(min_agreement=1 - (200 - wanted) * 1e-3 - 1e-9))
     assert found.met and wanted <= len(found.best.kept) <= 1.4 * wanted + 4
+
+
+def test_a_prediction_that_falls_short_is_mended_by_small_steps() -> None:
+    """Layers bring half as much noise again as they did alone, the later ones in the ranking most of it: a near miss is no reason to
+    keep nearly all of them."""
+    layers = [Layer(f"n{i:02}", 1e-3 * 0.9**i, 1.0) for i in range(50)]
+    network = Additive([Layer(x.name, x.noise * (1 + i / 50), 1.0) for i, x in enumerate(layers)])
+    found = search(layers, network, Budget(min_sqnr_db=28.0))
+    needed = next(k for k in range(50) if network(frozenset(x.name for x in layers[:k])).sqnr_db >= 28.0)  # type: ignore[operator]
+    assert found.met and len(found.best.kept) == needed
+    assert len(found.trials) <= 8 and max(len(t.kept) for t in found.trials) <= needed + 6

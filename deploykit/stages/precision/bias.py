@@ -124,7 +124,7 @@ def deltas(
         raise InputError("bias correction needs calibration samples, and there are none", "give data with --data")
     graph, digest = normal_form.load(path)
     model = graphs.load(quantized_path)
-    wanted = _correctable(graph, model)
+    wanted = correctable(graph, model)
     if not wanted:
         raise NothingToCorrect(
             f"{path.name} has no quantized Conv, ConvTranspose or Gemm whose bias could be corrected",
@@ -212,7 +212,7 @@ def load(path: Path) -> BiasDeltas:
     return BiasDeltas(digest, layout, values, int(n), integers)
 
 
-def _correctable(graph: FloatGraph, model: onnx.ModelProto) -> dict[str, str]:
+def correctable(graph: FloatGraph, model: onnx.ModelProto) -> dict[str, str]:
     """node name -> its output in the quantized graph, of nodes with quantized weights and a constant bias, one value for each
     channel, or none."""
     dequantized = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
@@ -243,34 +243,44 @@ def _roundable(graph: FloatGraph, wanted: Mapping[str, str]) -> dict[str, NDArra
 
 
 def _float_means(graph: FloatGraph, wanted: dict[str, str], feeds: list[Arrays], threads: int | None) -> Arrays:
-    """Mean output of each node over samples and space, [channels], in the float model; reduced inside the graph."""
+    """Mean output of each node over samples and space, [channels], in the float model."""
+    tensors = {node.name: (node.output[0], rank_of(graph, node)) for node in graph.nodes if node.name in wanted}
+    return means(graph, tensors, feeds, threads)
+
+
+def rank_of(graph: FloatGraph, node: onnx.NodeProto) -> int:
+    """How many axes the output of a Conv, ConvTranspose or Gemm has."""
+    return 2 if node.op_type == "Gemm" else len(graph.constants[node.input[1]].dims)
+
+
+def means(graph: FloatGraph, tensors: Mapping[str, tuple[str, int]], feeds: list[Arrays], threads: int | None) -> Arrays:
+    """By key, the mean of a tensor (its name and rank) over everything but axis 1, [channels]; reduced inside the graph, which is
+    used up."""
     import onnx
 
     model = graph.model
     graph.write_back(graph.nodes)
     outputs = {}
-    for node in graph.nodes:
-        if node.name in wanted:
-            name, source = graph.fresh(f"{node.name}_mean"), node.output[0]
-            rank = 2 if node.op_type == "Gemm" else len(graph.constants[node.input[1]].dims)
-            axes = graph.fresh(f"{name}_axes")
-            model.graph.initializer.append(tensor(axes, np.array([a for a in range(rank) if a != 1], np.int64)))
-            kind = "ReduceMean"
-            if graph.opset < 18:
-                made = onnx.helper.make_node(kind, [source], [name], axes=[a for a in range(rank) if a != 1], keepdims=0)
-            else:
-                made = onnx.helper.make_node(kind, [source, axes], [name], keepdims=0)
-            model.graph.node.append(made)
-            outputs[name] = node.name
+    for key, (source, rank) in tensors.items():
+        name = graph.fresh(f"{source}_mean")
+        axes = graph.fresh(f"{name}_axes")
+        model.graph.initializer.append(tensor(axes, np.array([a for a in range(rank) if a != 1], np.int64)))
+        kind = "ReduceMean"
+        if graph.opset < 18:
+            made = onnx.helper.make_node(kind, [source], [name], axes=[a for a in range(rank) if a != 1], keepdims=0)
+        else:
+            made = onnx.helper.make_node(kind, [source, axes], [name], keepdims=0)
+        model.graph.node.append(made)
+        outputs[name] = key
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
     session = open_session(model, threads)
     totals: dict[str, NDArray[Any]] = {}
     for batch in feeds:
-        for (_, name), value in zip(outputs.items(), session.run(list(outputs), batch), strict=True):
-            totals[name] = totals.get(name, np.zeros(1)) + value.astype(np.float64) * _count(batch)
+        for (_, key), value in zip(outputs.items(), session.run(list(outputs), batch), strict=True):
+            totals[key] = totals.get(key, np.zeros(1)) + value.astype(np.float64) * _count(batch)
     n = sum(_count(batch) for batch in feeds)
-    return {name: total / n for name, total in totals.items()}
+    return {key: total / n for key, total in totals.items()}
 
 
 def _mean(arrays: list[NDArray[Any]]) -> NDArray[np.float64]:

@@ -13,8 +13,8 @@ from test_precision_bias import samples_of, saved
 
 from deploykit.calibration_table import CalibrationTable
 from deploykit.errors import InputError
-from deploykit.stages.precision import Int8Options, contributions, method_noise
-from deploykit.stages.precision.contributions import _Lost
+from deploykit.stages.precision import Int8Options, alone_bias, bias, contributions, method_noise, to_int8
+from deploykit.stages.precision.int8 import quantized
 
 
 def ending_in(operator: str, kind: int = TensorProto.INT64, **attributes: int) -> onnx.ModelProto:
@@ -27,28 +27,44 @@ def ending_in(operator: str, kind: int = TensorProto.INT64, **attributes: int) -
     return onnx.shape_inference.infer_shapes(made)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_the_noise_of_float_outputs(tmp_path: Path, centred: bool) -> None:
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_noise_of_float_outputs(tmp_path: Path, corrected: bool) -> None:
     path = saved(residual(), tmp_path)
-    found = contributions(path, table_for(path), "cpu", Int8Options(), samples_of(residual()), centred=centred)
+    found = contributions(path, table_for(path), "cpu", Int8Options(), samples_of(residual()), corrected=corrected)
     assert len(found.noise) == 5 and all(0 < noise < 0.01 for noise in found.noise.values())
 
 
-def test_what_all_samples_have_in_common_is_left_out_batch_by_batch() -> None:
-    rng = np.random.default_rng(0)
-    wanted = rng.normal(size=(12, 5)).astype(np.float32)
-    found = wanted + 3.0 + 0.1 * rng.normal(size=(12, 5)).astype(np.float32)
-    lost = _Lost(floats=True, centred=True)
-    for start in (0, 8):
-        lost.see(found[start : start + 8], wanted[start : start + 8])
-    error = (found - wanted).astype(np.float64)
-    assert lost.total == pytest.approx(np.square(error - error.mean(axis=0)).sum(), rel=1e-3)
+def test_what_a_bias_takes_back_is_no_noise(tmp_path: Path) -> None:
+    """Weights in 7 bits of inputs that are never negative shift a layer's mean; each alone, and its bias corrected, it loses less."""
+    path = saved(residual(), tmp_path)
+    options = Int8Options(reduce_range=True)
+    plain, level = (
+        contributions(path, table_for(path), "cpu", options, samples_of(residual()), corrected=corrected).noise
+        for corrected in (False, True)
+    )
+    assert plain.keys() == level.keys()
+    assert sum(level.values()) < sum(plain.values())
+
+
+def test_the_correction_of_a_layer_alone_is_that_of_the_walk(tmp_path: Path) -> None:
+    """With one layer quantized and the others float, both ways to the correction give the same."""
+    path = saved(residual(), tmp_path)
+    table, samples = table_for(path), samples_of(residual())
+    feeds = [dict(batch) for batch, _ in samples.batches(8)]
+    found = alone_bias.deltas(path, quantized(path, table, "cpu", Int8Options())[0], "cpu", feeds)
+    names = list(found.deltas)
+    assert len(names) == 5
+    for name in names:
+        only = Int8Options(keep_float=tuple(other for other in names if other != name))
+        to_int8(path, table, "cpu", tmp_path / "one.onnx", only)
+        walked = bias.deltas(path, tmp_path / "one.onnx", samples, layout="cpu", options=only)
+        np.testing.assert_allclose(found.deltas[name], walked.deltas[name], atol=1e-5)
 
 
 def test_of_classes_the_share_that_changes(tmp_path: Path) -> None:
     made = ending_in("ArgMax", axis=1)
     path = saved(made, tmp_path)
-    found = contributions(path, table_for(path), "cpu", Int8Options(), samples_of(made), centred=True)
+    found = contributions(path, table_for(path), "cpu", Int8Options(), samples_of(made), corrected=True)
     assert len(found.noise) == 2 and all(0 <= share < 0.5 for share in found.noise.values()) and any(found.noise.values())
 
 
@@ -56,7 +72,7 @@ def test_outputs_that_change_their_shape(tmp_path: Path) -> None:
     made = ending_in("NonZero")
     path = saved(made, tmp_path)
     samples = samples_of(made)
-    found = contributions(path, table_for(path), "cpu", Int8Options(), samples, centred=True)
+    found = contributions(path, table_for(path), "cpu", Int8Options(), samples, corrected=True)
     assert len(found.noise) == 2 and all(0 <= share <= 1 for share in found.noise.values())
 
 
