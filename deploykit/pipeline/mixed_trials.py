@@ -76,7 +76,9 @@ def plain_int8(task: Task, out: Path) -> None:
 
 def trial(task: Task, kept: tuple[str, ...], out: Path) -> tuple[Artifact, Score]:
     """The graph with those layers in float, and its score on the tuning samples; runs in a child process."""
-    rest = "fp16" if task.layout == "tensorrt" else "fp32"  # in FP32 TensorRT runs them slower, and TensorRT-RTX for sm75 not at all
+    rest = (
+        "fp16" if task.layout == "tensorrt" else "fp32"
+    )  # in FP32 TensorRT runs them slower, and TensorRT-RTX for sm75 not at all
     made = int8.write(task.path, task.table, task.layout, rest, task.recipe, kept, out)
     return made, score(task.path, out, task.tune)
 
