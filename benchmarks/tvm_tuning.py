@@ -1,12 +1,14 @@
-"""TVM against PyTorch eager, FP32, one thread, in turns: with our default schedules, then after each slice of a search's budget.
+"""TVM against PyTorch eager, FP32, one thread, in turns: with our default schedules, then after each slice of a search's budget, when the
+library of default schedules runs in the same turns.
 
     python benchmarks/tvm_tuning.py --model resnet18.onnx --budget 3600 --slices 6 --out benchmarks/results/tvm_tuning.json
 
 The .onnx is ResNet-18 at 224 x 224 (`deploykit export resnet18 -o resnet18.onnx`). The search keeps its database in the user's
 cache, so that a second run goes on where the first one stopped: the seconds reported are this run's. Needs xgboost-cpu and psutil.
 
-estimate_ms: the sum of the best times of the functions; over_default: how many times as fast as default schedules the library is, by
-the build itself, in turns ('of the search': where what was found was slower, and was left out).
+estimate_ms: the sum of the best times of the functions; over_default_in_build: what the build itself measured before it kept or left out
+what was found. log: every round of every search that filled the database, the seconds since its search began. A budget of a few
+seconds searches no further, and measures what there is.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +28,28 @@ import numpy as np
 from deploykit import artifact as artifacts
 from deploykit import backends, graph, machine
 from deploykit.artifact import Artifact
+from deploykit.backends import apache_tvm_compile, apache_tvm_tuning
 from deploykit.session import BuildRequest, OpenRequest
 
 
-def pairs(tvm: Any, eager: Any, count: int) -> list[tuple[float, float]]:
-    """Seconds of one run of each, taken in turns, the first of a pair alternating."""
+def log() -> list[dict[str, Any]]:
+    """The rounds of all searches of this database."""
+    file = apache_tvm_tuning.database_folder(apache_tvm_compile.here(), 1) / apache_tvm_tuning.CURVE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def turns(runs: Mapping[str, Callable[[], object]], count: int) -> list[dict[str, float]]:
+    """Seconds of one run of each, taken in turns, the first of a turn another one each time."""
+    names = list(runs)
     found = []
     for at in range(count + 3):
         times = {}
-        for name in ("tvm", "eager") if at % 2 else ("eager", "tvm"):
-            run = tvm if name == "tvm" else eager
+        for name in names[at % len(names) :] + names[: at % len(names)]:
             start = time.perf_counter()
-            run()
+            runs[name]()
             times[name] = time.perf_counter() - start
         if at >= 3:
-            found.append((times["tvm"], times["eager"]))
+            found.append(times)
     return found
 
 
@@ -53,18 +62,17 @@ def curve(folder: Path) -> list[list[float]] | None:
     return [[seconds, run_s * 1e3] for seconds, run_s in found["curve"]]
 
 
-def summary(found: list[tuple[float, float]]) -> dict[str, float]:
-    """Medians in ms, and the median of the pairs' ratios (eager over TVM: above 1, TVM is faster) with its quartiles."""
-    ratios = sorted(eager / tvm for tvm, eager in found)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {
-        "tvm_ms": statistics.median(t for t, _ in found) * 1e3,
-        "eager_ms": statistics.median(e for _, e in found) * 1e3,
-        "speedup": middle,
-        "speedup_q1": low,
-        "speedup_q3": high,
-        "pairs": len(found),
-    }
+def ratio(found: list[dict[str, float]], of: str, over: str) -> dict[str, float]:
+    """How many times as fast `of` is as `over`: the median of the turns' ratios, with its quartiles."""
+    low, middle, high = statistics.quantiles((t[over] / t[of] for t in found), n=4)
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def summary(found: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians in ms, and how many times as fast the library is as eager and as the library of default schedules."""
+    medians = {f"{name}_ms": statistics.median(t[name] for t in found) * 1e3 for name in found[0]}
+    over_default = {"over_default": ratio(found, "tvm", "default")} if "default" in found[0] else {}
+    return {**medians, "over_eager": ratio(found, "tvm", "eager"), **over_default, "turns": len(found)}
 
 
 def main() -> None:
@@ -72,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds of search in all")
     parser.add_argument("--slices", type=int, default=6)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tvm_tuning.json"))
     given = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = "1"
@@ -93,9 +101,12 @@ def main() -> None:
             return network(tensor).numpy()
 
     rows: list[dict[str, Any]] = []
+    default: dict[str, Callable[[], object]] = {}
+    scratch = tempfile.TemporaryDirectory(prefix="tvm-tuning-")  # gone when the script ends
     for at in range(given.slices + 1):
         options = {"threads": 1} if at == 0 else {"threads": 1, "tune": given.budget / given.slices}
-        folder = Path(tempfile.mkdtemp(prefix="tvm-tuning-"))
+        folder = Path(scratch.name, str(at))
+        folder.mkdir()
         start = time.perf_counter()
         load = os.getloadavg()[0]
         built = backend.build(model, BuildRequest("fp32", "cpu", (1,), {}, options), folder).save()
@@ -107,16 +118,17 @@ def main() -> None:
             "candidates": search.get("measured", 0) + (rows[-1]["candidates"] if rows else 0),
             "estimate_ms": search["curve"][1] * 1e3 if search else None,
             "functions": search.get("functions"),
-            "over_default": search.get("over_default"),
-            "over_default_of_the_search": search.get("searched_over_default"),
+            "over_default_in_build": search.get("searched_over_default", search.get("over_default")),
             "curve": curve(folder),
             "build_s": took,
-            **summary(pairs(session.bind({spec.name: data}), eager, given.pairs)),
+            **summary(turns({"tvm": session.bind({spec.name: data}), "eager": eager, **default}, given.turns)),
             "load": [load, os.getloadavg()[0]],
         }
         rows.append(row)
-        session.close()
-        shutil.rmtree(folder)
+        if default:
+            session.close()
+        else:
+            default = {"default": session.bind({spec.name: data})}
         print(json.dumps(row), flush=True)
         document = {
             "what": "ResNet-18 224x224, batch 1, one thread, FP32: TVM against PyTorch eager, in turns",
@@ -125,6 +137,7 @@ def main() -> None:
             "note": "load: the machine's 1-minute load average before the build and after the timing; above the number of cores, others ran",
             "versions": {**backend.versions(), "torch": torch.__version__},
             "rows": rows,
+            "log": log(),
         }
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document, indent=1) + "\n")
