@@ -8,8 +8,9 @@ turns: the command, and the same processes importing those modules and nothing e
 them so and at once where it has them at once. What the command takes beyond that is ours and TensorRT's; TensorRT's own share
 (its parser and builder) stands in the manifest.
 
-Wall time on a machine with other work says little, so CPU seconds (user and system, all processes) stand beside it, and of
-each the least of all turns counts. Exit code 1 where wall or CPU of the first process and its children misses the goal.
+Wall time on a machine with other work says little, so CPU seconds (user and system, all processes, the second build among them)
+stand beside it, and of each the least of all turns counts. Exit code 1 where both miss the goal: where CPU seconds keep it, a machine
+with two free CPUs keeps it too, since the processes hardly wait for anything but each other.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def main() -> None:
             doc["commands"][name] = record(name, folder, chosen.turns)
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
     chosen.json.write_text(json.dumps(doc, indent=1) + "\n")
-    missed = [name for name, found in doc["commands"].items() if found["beyond_imports_wall_s"] > GOAL_S]
+    both = ("beyond_imports_wall_s", "beyond_imports_cpu_s")
+    missed = [name for name, found in doc["commands"].items() if min(found[kind] for kind in both) > GOAL_S]
     for name, found in doc["commands"].items():
         print(
             f"{name}: {found['beyond_imports_wall_s']:.2f} s wall and {found['beyond_imports_cpu_s']:.2f} s CPU beyond imports, "

@@ -49,6 +49,7 @@ def facts(
         "warnings": warnings,
         "network_layers": made.network_layers,
         "plan_layers": len(made.layers),
+        "size_bytes": len(made.data),
         "parse_s": made.parse_s,
         "build_s": made.build_s,
         "validated_on_gpu": False,

@@ -40,6 +40,7 @@ def test_sm89_runs_int8_and_says_before_what_to_expect(tmp_path: Path) -> None:
     assert engine.facts["fell_back"] is None
     assert engine.facts["layers"]["convolution"] == {"Int8": 2}
     assert engine.facts["requested"]["Conv"] == {"Int8": 2}
+    assert engine.facts["size_bytes"] == engine.path.stat().st_size
 
 
 @RTX

@@ -49,7 +49,7 @@ def child() -> Iterator[children.Child]:
         yield made
 
 
-@examples(25)
+@examples(16)
 @given(kinds=nets.KINDS, head=nets.HEAD, seed=SEEDS, target=st.sampled_from(("sm80", "sm86", "sm89", "sm120")))
 def test_random_networks_build_in_int8_as_asked(
     child: children.Child, tmp_path_factory: pytest.TempPathFactory, kinds: Grown, head: Grown, seed: int, target: str
@@ -69,7 +69,7 @@ def test_random_networks_build_in_int8_as_asked(
     assert short == [], f"{told}: {kinds} {head}"
 
 
-@examples(10)
+@examples(6)
 @given(kinds=nets.KINDS, head=nets.HEAD, seed=SEEDS, target=st.sampled_from(("sm75", "sm89")))
 def test_random_networks_build_in_fp16(
     child: children.Child, tmp_path_factory: pytest.TempPathFactory, kinds: Grown, head: Grown, seed: int, target: str
@@ -83,7 +83,7 @@ def test_random_networks_build_in_fp16(
     assert "Float" not in engine.facts["layers"].get("convolution", {})
 
 
-@examples(15)
+@examples(10)
 @given(
     kinds=nets.KINDS,
     head=nets.HEAD,
