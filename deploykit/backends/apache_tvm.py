@@ -208,17 +208,21 @@ def _tuned(
 def _against_default(
     artifact: Artifact, request: BuildRequest, machine: compiling.Machine, threads: int, batch: int, searched: Path
 ) -> dict[str, Any]:
-    """How many times as fast as our default schedules the searched library is, both run in turns; where it is the slower one,
-    the default ones are put in its place.
+    """How many times as fast as the library of default schedules the searched one is, both run in turns; where it is the slower
+    one, the other is put in its place.
 
     Function by function the faster schedule was taken, each with its data in the caches; a whole model has them elsewhere.
+    And a library for any batch can be faster than the same schedules for one (ResNet-18 at batch 1).
     """
     children.report_progress("tune: the searched and the default library in turns", 1.0)
     scratch = searched.with_name("default")
     scratch.mkdir()
     try:
         default = scratch / searched.name
-        compiling.library(_lowered(artifact, machine, threads, batch), machine, threads, default)
+        if (searched.parent / "model.so").is_file():
+            shutil.copyfile(searched.parent / "model.so", default)
+        else:
+            compiling.library(_lowered(artifact, machine, threads, batch), machine, threads, default)
         feeds = _random_feeds(artifact.signature, batch, request)
         asked = OpenRequest("fp32", batch, threads, request.shapes)
         opened_both = [

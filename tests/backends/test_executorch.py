@@ -44,6 +44,27 @@ class Flat(torch.nn.Module):
     def forward(self, x):
         return self.fc(torch.stack([x, x * 2], 1).reshape(x.shape[0], -1))
 
+class Clamped(torch.nn.Module):
+    INPUTS = ["x:float32:batchx4"]
+    OUTPUTS = ["y"]
+    def __init__(self):
+        super().__init__()
+        self.wide, self.last = torch.nn.Conv1d(1, 8, 1), torch.nn.Conv1d(8, 1, 1)
+        with torch.no_grad():
+            self.wide.weight.copy_(torch.linspace(-400, 400, 8).reshape(8, 1, 1))
+    def forward(self, x):
+        return self.last(torch.nn.functional.relu6(self.wide(x[:, None])))[:, 0]
+
+class Padded(torch.nn.Module):
+    INPUTS = ["x:float32:batchx4"]
+    OUTPUTS = ["y"]
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(16, 4)
+    def forward(self, x):
+        x = self.conv(torch.nn.functional.pad(x.reshape(-1, 1, 2, 2), (1, 1, 1, 1)))
+        return self.fc(x.flatten(1))
+
 class TwoPaths(torch.nn.Module):
     INPUTS = ["x:float32:batchx4"]
     OUTPUTS = ["y"]
@@ -189,3 +210,25 @@ def test_int8_for_batch_1_is_calibrated_on_more_at_a_time(folder: Path, tmp_path
     session.close()
     wanted = backends.get("torch").open(source, OpenRequest("fp32", 1, 1)).infer(feeds)["y"]
     assert cases.distance(found, wanted) <= cases.OWN_INT8_TOLERANCE
+
+
+@needs_executorch
+def test_a_relu6_is_quantized_over_its_own_range(folder: Path, tmp_path: Path) -> None:
+    """In steps of what comes before it, some hundred times as wide, nothing would be left of it."""
+    source = _source(folder, "Clamped")
+    request = BuildRequest("int8", batches=(1, 2), calibration=cases.calibration(source.signature, 32))
+    engine = BACKEND.build(source, request, tmp_path).save()
+    assert engine.facts["executorch"]["layers_int8"] == 2
+    session = BACKEND.open(engine, OpenRequest("int8", 2, 1))
+    feeds = cases.feeds(source.signature, 2, seed=5)
+    found = session.infer(feeds)["y"]
+    session.close()
+    wanted = backends.get("torch").open(source, OpenRequest("fp32", 2, 1)).infer(feeds)["y"]
+    assert cases.distance(found, wanted) <= 0.05
+
+
+@needs_executorch
+def test_a_convolution_behind_a_pad_stays_float_in_dynamic_int8(folder: Path, tmp_path: Path) -> None:
+    """XNNPACK refuses its shapes when it runs (ExecuTorch 1.5.1)."""
+    engine = BACKEND.build(_source(folder, "Padded"), BuildRequest("int8-dynamic", batches=(1, 2)), tmp_path).save()
+    assert (engine.facts["executorch"]["layers"], engine.facts["executorch"]["layers_int8"]) == (2, 1)
