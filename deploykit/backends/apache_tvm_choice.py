@@ -145,8 +145,8 @@ def in_turns(timers: Sequence[Callable[[], float]]) -> list[float]:
 
 
 def times_as_fast(before: Callable[[], object], after: Callable[[], object]) -> tuple[float, bool]:
-    """How many times as fast `after` is as `before`: the median of the ratios of runs in turns; and whether it is the slower one
-    in three of four turns."""
+    """How many times as fast `after` is as `before`: the median of the ratios of runs in turns; and whether that makes it the
+    slower one."""
     ratios = []
     for turn in range(_WARM_UP + _PAIRS):
         seconds: dict[bool, float] = {}
@@ -155,8 +155,8 @@ def times_as_fast(before: Callable[[], object], after: Callable[[], object]) -> 
             (after if new else before)()
             seconds[new] = time.perf_counter() - start
         ratios.append(seconds[False] / seconds[True])
-    _, middle, high = statistics.quantiles(ratios[_WARM_UP:], n=4)
-    return middle, high < 1
+    middle = statistics.median(ratios[_WARM_UP:])
+    return middle, middle < 1
 
 
 def mean_s(record: Any) -> float:

@@ -198,7 +198,7 @@ def _behind_clamps(model: Any) -> Any:
     the steps of a range that may be ten times as wide (EfficientNet-Lite0: 6.5 dB).
     """
     for node in model.graph.nodes:
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         annotation = getattr(source, "meta", {}).get("quantization_annotation")
         if (
             str(node.target).startswith(("aten.hardtanh", "aten.relu6", "aten.clamp"))
