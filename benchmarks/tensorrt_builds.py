@@ -49,7 +49,18 @@ def prepared(name: str, folder: Path) -> dict[str, Any]:
     given = ["--input", f"x:float32:batchx3x{MODELS[name]}x{MODELS[name]}"]
     steps = (
         ["export", f"{HERE / 'networks.py'}:{name}", *given, "--batch", BATCHES, "-o", str(folder / "m.onnx")],
-        ["calibrate", str(folder / "m.onnx"), "--data", "random:16", "-n", "16", "--method", "minmax", "-o", str(folder / "calib.json")],
+        [
+            "calibrate",
+            str(folder / "m.onnx"),
+            "--data",
+            "random:16",
+            "-n",
+            "16",
+            "--method",
+            "minmax",
+            "-o",
+            str(folder / "calib.json"),
+        ],
     )
     for words in steps:
         code, _, said = deploykit(*words)
