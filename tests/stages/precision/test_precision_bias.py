@@ -168,7 +168,7 @@ def test_a_convolution_of_unknown_shape_is_corrected(tmp_path: Path) -> None:
     whole = bias.deltas(path, out, samples, layout="cpu")
     graph, _ = bias.normal_form.load(path)
     graph.shapes.clear()
-    wanted = bias._correctable(graph, graphs.load(out))
+    wanted = bias.correctable(graph, graphs.load(out))
     feeds = [dict(batch) for batch, _ in samples.batches(8)]
     means = bias._float_means(graph, wanted, feeds, 1)
     assert {name: value.shape for name, value in means.items()} == {n: d.shape for n, d in whole.deltas.items()}
