@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import numpy as np
 
@@ -12,7 +14,8 @@ _NUMBER = re.compile(rb"[0-9]+")
 _PADDING = re.compile(rb"\0+")
 _WORD = re.compile(rb"[\s\"]+")
 _AROUND = 4096
-_OFFSETS = 32  # bytes of lengths and offsets that change with a number's digits; seen: 6 or 7
+_OFFSETS = 32  # bytes of lengths and offsets that change with a number's digits; seen: 6 to 10
+_HEADERS = 1024  # bytes of the plan's and the kernels' headers that stand between blanks together with them
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,34 @@ def difference(one: bytes, other: bytes) -> Difference:
     sizes = len(one), len(other)
     if abs(len(bare[0]) - len(bare[1])) > _OFFSETS:
         return Difference(sizes, None)
-    if bare[0] != bare[1] and sorted(_WORD.split(bare[0])) == sorted(_WORD.split(bare[1])):
-        return Difference(sizes, 0, reordered=True)
+    left = _words_apart(bare[0], bare[1])
+    if any(word.isascii() and word.decode().isprintable() for words in left for word in words):
+        return Difference(sizes, None)  # lengths and offsets are no text
     size = min(map(len, bare))
     a, b = (np.frombuffer(text, np.uint8)[:size] for text in bare)
     beyond = int(np.count_nonzero(a != b)) + abs(len(bare[0]) - len(bare[1]))
+    moved = _apart(*(b" ".join(words) for words in left))
+    if moved < beyond:
+        return Difference(sizes, moved if moved <= _OFFSETS else None, reordered=True)
     return Difference(sizes, beyond if beyond <= _OFFSETS else None)
+
+
+def _words_apart(one: bytes, other: bytes) -> tuple[list[bytes], list[bytes]]:
+    """The words of each that the other does not have, or has fewer times, in their order."""
+    words = [_WORD.split(text) for text in (one, other)]
+    counts = [Counter(each) for each in words]
+    extra = counts[0] - counts[1], counts[1] - counts[0]
+    mine, theirs = ([word for word in each if word in more] for each, more in zip(words, extra, strict=True))
+    return mine, theirs
+
+
+def _apart(one: bytes, other: bytes) -> int:
+    """How many bytes of the longer one the other does not have at their place in line; all of them where they are too long to be
+    headers."""
+    longer = max(len(one), len(other))
+    if longer > _HEADERS:
+        return longer
+    return longer - sum(block.size for block in SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks())
 
 
 def _same_ends(one: bytes, other: bytes) -> tuple[int, int]:

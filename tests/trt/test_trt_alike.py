@@ -59,3 +59,19 @@ def test_other_weights_are_told_whatever_the_size() -> None:
 
 def test_the_same_plan_differs_in_nothing() -> None:
     assert difference(_plan(1), _plan(1)).beyond == 0
+
+
+def test_lists_in_another_order_and_numbers_of_another_length_at_once() -> None:
+    def plan(order: int, number: int) -> bytes:
+        names = [f'"{name}_mye{number + i}"' for i, name in enumerate(("shape", "proxy", "value", "stack", "scale", "index"))]
+        text = "list={ " + " ".join(names[::order]) + " }"
+        head = b"vtrt" + (5000 + len(text)).to_bytes(8, "little") + b"\x80 "
+        return head + text.encode() + bytes(64) + random.Random(7).randbytes(4096)
+
+    one, other = plan(1, 98), plan(-1, 99)
+    assert len(one) != len(other)
+    found = difference(one, other)
+    assert found.names_only
+    assert found.reordered
+    assert found.beyond
+    assert not difference(one, other.replace(b"shape", b"shade")).names_only
