@@ -22,17 +22,19 @@ _HEADERS = 1024  # bytes of the plan's and the kernels' headers that stand betwe
 class Difference:
     """sizes: of both, in bytes; beyond: bytes that differ once numbers in text, and padding, are taken out; None for too many to be
     lengths and offsets, or where the rest has another length too; reordered: whether what is left is the same in another order, as
-    lists that go by those numbers are."""
+    lists that go by those numbers are; longer: whether the numbers of one have more digits in all, which padding may hide."""
 
     sizes: tuple[int, int]
     beyond: int | None
     reordered: bool = False
+    longer: bool = False
 
     @property
     def names_only(self) -> bool:
-        """Whether nothing but numbers in text differs, and the lengths and offsets that follow from them: where the size is the same,
-        there are none."""
-        return self.beyond == 0 or (self.beyond is not None and self.sizes[0] != self.sizes[1])
+        """Whether nothing but numbers in text differs, and the lengths and offsets that follow from them: there are none where size,
+        order and the count of digits are the same."""
+        moved = self.sizes[0] != self.sizes[1] or self.reordered or self.longer
+        return self.beyond == 0 or (self.beyond is not None and moved)
 
     def __str__(self) -> str:
         a, b = self.sizes
@@ -53,6 +55,7 @@ def difference(one: bytes, other: bytes) -> Difference:
     heads = [plan[start : len(plan) - end] for plan in (one, other)]
     bare = [_PADDING.sub(b"", _NUMBER.sub(b"#", head)) for head in heads]
     sizes = len(one), len(other)
+    digits = [sum(map(len, _NUMBER.findall(head))) for head in heads]
     if abs(len(bare[0]) - len(bare[1])) > _OFFSETS:
         return Difference(sizes, None)
     left = _words_apart(bare[0], bare[1])
@@ -64,7 +67,7 @@ def difference(one: bytes, other: bytes) -> Difference:
     moved = _apart(*(b" ".join(words) for words in left))
     if moved < beyond:
         return Difference(sizes, moved if moved <= _OFFSETS else None, reordered=True)
-    return Difference(sizes, beyond if beyond <= _OFFSETS else None)
+    return Difference(sizes, beyond if beyond <= _OFFSETS else None, longer=digits[0] != digits[1])
 
 
 def _words_apart(one: bytes, other: bytes) -> tuple[list[bytes], list[bytes]]:
