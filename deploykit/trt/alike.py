@@ -16,6 +16,7 @@ _WORD = re.compile(rb"[\s\"]+")
 _AROUND = 4096
 _OFFSETS = 32  # bytes of lengths and offsets that change with a number's digits; seen: 6 to 10
 _HEADERS = 1024  # bytes of the plan's and the kernels' headers that stand between blanks together with them
+_BINARY = 4096  # bytes that are no text, from the first difference to the last; seen: 250 to 2,300 in 4 MB
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class Difference:
 
 def difference(one: bytes, other: bytes) -> Difference:
     """How two plans differ. Seen with TensorRT-RTX 1.7.1: in numbers like that of '__mye8540', and the bytes of lengths behind them."""
-    start, end = (max(0, length - _AROUND) for length in _same_ends(one, other))  # what differs may begin inside a number
+    same = _same_ends(one, other)
+    if max(_binary(plan[same[0] : len(plan) - same[1]]) for plan in (one, other)) > _BINARY:
+        return Difference((len(one), len(other)), None)  # it reaches into kernels or weights
+    start, end = (max(0, length - _AROUND) for length in same)  # what differs may begin inside a number
     heads = [plan[start : len(plan) - end] for plan in (one, other)]
     bare = [_PADDING.sub(b"", _NUMBER.sub(b"#", head)) for head in heads]
     sizes = len(one), len(other)
@@ -68,6 +72,13 @@ def difference(one: bytes, other: bytes) -> Difference:
     if moved < beyond:
         return Difference(sizes, moved if moved <= _OFFSETS else None, reordered=True)
     return Difference(sizes, beyond if beyond <= _OFFSETS else None, longer=digits[0] != digits[1])
+
+
+def _binary(part: bytes) -> int:
+    """How many bytes are neither text nor padding."""
+    values = np.frombuffer(part, np.uint8)
+    text = ((values >= 0x20) & (values < 0x7F)) | ((values >= 0x09) & (values <= 0x0D)) | (values == 0)
+    return int(np.count_nonzero(~text))
 
 
 def _words_apart(one: bytes, other: bytes) -> tuple[list[bytes], list[bytes]]:

@@ -61,17 +61,28 @@ def test_the_same_plan_differs_in_nothing() -> None:
     assert difference(_plan(1), _plan(1)).beyond == 0
 
 
-def test_lists_in_another_order_and_numbers_of_another_length_at_once() -> None:
-    def plan(order: int, number: int) -> bytes:
-        names = [f'"{name}_mye{number + i}"' for i, name in enumerate(("shape", "proxy", "value", "stack", "scale", "index"))]
-        text = "list={ " + " ".join(names[::order]) + " }"
-        head = b"vtrt" + (5000 + len(text)).to_bytes(8, "little") + b"\x80 "
-        return head + text.encode() + bytes(64) + random.Random(7).randbytes(4096)
+def _listed(order: int, number: int) -> bytes:
+    """A plan whose list of numbered names stands in that order; 64 kB of weights."""
+    names = [f'"{name}_mye{number + i}"' for i, name in enumerate(("shape", "proxy", "value", "stack", "scale", "index"))]
+    text = "list={ " + " ".join(names[::order]) + " }"
+    head = b"vtrt" + (5000 + len(text)).to_bytes(8, "little") + b"\x80 "
+    return head + text.encode() + bytes(64) + random.Random(7).randbytes(65536)
 
-    one, other = plan(1, 98), plan(-1, 99)
+
+def test_lists_in_another_order_and_numbers_of_another_length_at_once() -> None:
+    one, other = _listed(1, 98), _listed(-1, 99)
     assert len(one) != len(other)
     found = difference(one, other)
     assert found.names_only
     assert found.reordered
     assert found.beyond
     assert not difference(one, other.replace(b"shape", b"shade")).names_only
+
+
+@pytest.mark.parametrize(("order", "number"), [(1, 98), (-1, 99), (1, 98765)])
+def test_one_byte_of_the_weights_is_told_whatever_else_differs(order: int, number: int) -> None:
+    for at in (-1, -30000):
+        other = bytearray(_listed(order, number))
+        other[at] ^= 0x80
+        assert difference(_listed(1, 98), _listed(order, number)).names_only
+        assert not difference(_listed(1, 98), bytes(other)).names_only
