@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import machine
+from deploykit.configuration import Configuration, Limits
 from deploykit.measurement import Measurement
 from deploykit.pipeline import line, sweeping
 from deploykit.pipeline.line import LineRequest
@@ -30,7 +31,6 @@ from deploykit.pipeline.request import DataRequest, RowsRequest, Silent, SourceR
 from deploykit.session import OpenRequest
 from deploykit.signature import TensorSpec
 from deploykit.stages import bench
-from deploykit.stages.sweep import Configuration, Limits
 
 REFEREE = bench.Duration("referee", launches=5, rounds=6, seconds=10.0, limit_s=10.0, enough_runs=64)
 

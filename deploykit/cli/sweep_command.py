@@ -76,6 +76,7 @@ def sweep(
     Example:  deploykit sweep resnet18 --weights none --data digits --max-latency 5ms --max-drop 0.5pp
     """
     from deploykit import loadgen
+    from deploykit.configuration import Limits
     from deploykit.errors import UnknownName
     from deploykit.pipeline import sweeping
     from deploykit.pipeline.line import LineRequest
@@ -88,7 +89,7 @@ def sweep(
         SourceRequest,
     )
     from deploykit.stages import gate
-    from deploykit.stages.sweep import OBJECTIVES, Limits
+    from deploykit.stages.sweep import OBJECTIVES
 
     if objective not in OBJECTIVES:
         raise UnknownName("objective", objective, OBJECTIVES)

@@ -16,6 +16,7 @@ from deploykit import artifact as artifacts
 from deploykit import backends, hosted, machine
 from deploykit.artifact import Artifact
 from deploykit.children import BugInChild, Child, in_a_line
+from deploykit.configuration import Configuration, Score
 from deploykit.errors import DeploykitError
 from deploykit.measurement import MIN_RUNS, Measurement
 from deploykit.pipeline.line import Ready
@@ -24,7 +25,6 @@ from deploykit.pipeline.workshop import backend_code
 from deploykit.session import OpenRequest
 from deploykit.signature import Feeds
 from deploykit.stages import bench
-from deploykit.stages.sweep import Configuration, Score
 from deploykit.store import source_hash
 
 GLIMPSE_S = 0.1  # twice, and the better one counts: a glimpse may only rule out what is far behind

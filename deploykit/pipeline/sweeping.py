@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploykit import backends, machine
+from deploykit.configuration import EFFORTS, Configuration, Limits, Quality, Trial
 from deploykit.drift import Drift
 from deploykit.errors import EXIT_BACKEND, EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_PASSED, DeploykitError, InputError, MissingBackend
 from deploykit.measurement import MIN_RUNS
@@ -17,7 +18,7 @@ from deploykit.pipeline.line import LineRequest, Ready
 from deploykit.pipeline.request import Narrator
 from deploykit.pipeline.sweep_bench import DURATIONS, GLIMPSE_COST_S, GLIMPSE_S, Evaluations, Notes
 from deploykit.stages import sweep
-from deploykit.stages.sweep import EFFORTS, Configuration, Found, Limits, Quality, Trial
+from deploykit.stages.sweep import Found
 
 SCHEMA_VERSION = 1
 _SHOWN = 5  # configurations that came closest, where none keeps the limits

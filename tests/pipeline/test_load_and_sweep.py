@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 
 from deploykit import children, report_document
+from deploykit.configuration import Configuration, Limits, Quality, Score, Trial
 from deploykit.errors import BackendFailed, InputError
 from deploykit.loadgen import LoadOutcome
 from deploykit.measurement import MIN_RUNS, Window
@@ -23,7 +24,7 @@ from deploykit.session import OpenRequest
 from deploykit.signature import TensorSpec
 from deploykit.stages import bench
 from deploykit.stages import ceilings as stage
-from deploykit.stages.sweep import Configuration, Found, Limits, Quality, Score, Trial
+from deploykit.stages.sweep import Found
 from deploykit.store import Store
 
 pytest.importorskip("onnxruntime")

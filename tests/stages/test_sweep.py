@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from deploykit.configuration import Configuration, Limits, Quality, Score
 from deploykit.stages import sweep
-from deploykit.stages.sweep import Configuration, Limits, Quality, Score
 
 COST_S = {"glimpse": 1.2, "look": 2.0, "final": 6.0}
 NOISE = {"glimpse": 0.08, "look": 0.03, "final": 0.01}
