@@ -158,6 +158,7 @@ def quantize(
     min_sqnr: o.MinSqnr = None,
     min_agreement: o.MinAgreement = None,
     bias_correct: o.BiasCorrect = None,
+    scale_correct: o.ScaleCorrect = None,
     weight_scales: o.WeightScales = "max",
     reduce_range: o.ReduceRange = False,
     rounding: o.Rounding = "nearest",
@@ -179,7 +180,7 @@ def quantize(
 
     parsing.positive(n, "-n")
     budget = parsing.budget(max_drop, min_sqnr, min_agreement)
-    int8 = parsing.int8(bias_correct, weight_scales, reduce_range, rounding, equalize)
+    int8 = parsing.int8(bias_correct, scale_correct, weight_scales, reduce_range, rounding, equalize)
     request = DataRequest(data, None, preprocess, classes, limit, n, method, calib, int8=int8, budget=budget)
     with Bar() as bar:
         made = quantizing.quantize_file(model, mode, layout, out, request, bar, parsing.shapes(shapes))

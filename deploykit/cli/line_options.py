@@ -40,6 +40,7 @@ class LineOptions:
     min_sqnr: o.MinSqnr = None
     min_agreement: o.MinAgreement = None
     bias_correct: o.BiasCorrect = None
+    scale_correct: o.ScaleCorrect = None
     weight_scales: o.WeightScales = "max"
     reduce_range: o.ReduceRange = False
     rounding: o.Rounding = "nearest"
@@ -78,7 +79,7 @@ class LineOptions:
             method=self.method,
             calib_table=self.calib,
             recalibrate=recalibrate,
-            int8=parsing.int8(self.bias_correct, self.weight_scales, self.reduce_range, self.rounding),
+            int8=parsing.int8(self.bias_correct, self.scale_correct, self.weight_scales, self.reduce_range, self.rounding),
             budget=parsing.budget(max_drop if "mixed" in (precisions or ()) else None, self.min_sqnr, self.min_agreement),
         )
         rows = RowsRequest(

@@ -95,6 +95,15 @@ BiasCorrect = Annotated[
         show_default=False,
     ),
 ]
+ScaleCorrect = Annotated[
+    bool | None,
+    typer.Option(
+        "--scale-correct/--no-scale-correct",
+        help="INT8: with the biases, give back through the weights' scales what quantizing does to the spread of each channel; default: "
+        "wherever biases are corrected.",
+        show_default=False,
+    ),
+]
 WeightScales = Annotated[
     str, typer.Option("--weight-scales", help="INT8 weights: scale by each channel's max, or by its least squared error (mse).")
 ]

@@ -205,7 +205,14 @@ def limits(
     return gate.LimitSet(default, config.rules(file) if file is not None else ())
 
 
-def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, rounding: str, equalize: bool = False) -> Int8Request:
+def int8(
+    bias_correct: bool | None,
+    scale_correct: bool | None,
+    weight_scales: str,
+    reduce_range: bool,
+    rounding: str,
+    equalize: bool = False,
+) -> Int8Request:
     """The switches of INT8. Raises UnknownName for a name that is no choice."""
     from deploykit.errors import UnknownName
     from deploykit.pipeline.request import Int8Request
@@ -217,4 +224,4 @@ def int8(bias_correct: bool | None, weight_scales: str, reduce_range: bool, roun
     ):
         if name not in choices:
             raise UnknownName(kind, name, choices)
-    return Int8Request(bias_correct, weight_scales, reduce_range, rounding, equalize)
+    return Int8Request(bias_correct, weight_scales, reduce_range, rounding, equalize, scale_correct)

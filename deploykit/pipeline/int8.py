@@ -28,13 +28,18 @@ class Int8Recipe:
                 "--rounding gptq with --no-bias-correct: what rounding shifts is given back through the biases",
                 "leave one of the two out",
             )
-        if self.samples is None and (self.request.bias_correct or learns):
-            what = "--rounding gptq" if learns else "--bias-correct"
+        if self.request.scale_correct and self.request.bias_correct is False:
+            raise InputError(
+                "--scale-correct with --no-bias-correct: what a gain shifts is given back through the biases",
+                "leave one of the two out",
+            )
+        if self.samples is None and (self.request.bias_correct or self.request.scale_correct or learns):
+            what = "--rounding gptq" if learns else "--bias-correct" if self.request.bias_correct else "--scale-correct"
             raise InputError(f"{what} needs calibration samples, and there are none", "add --data DATA")
 
     @property
     def corrects(self) -> bool:
-        """Whether biases are to be corrected: by default wherever there are samples."""
+        """Whether biases (and scales) are to be corrected: by default wherever there are samples."""
         return self.samples is not None and self.request.bias_correct is not False
 
     def to_json(self) -> dict[str, Json]:
@@ -46,6 +51,7 @@ class Int8Recipe:
             "weight_scales": self.request.weight_scales,
             "reduce_range": self.request.reduce_range,
             "rounding": self.request.rounding,
+            "scale_correct": self.request.scale_correct is not False if self.corrects else False,
         }
 
 
@@ -83,14 +89,15 @@ def _written(
     from deploykit.stages import precision
 
     request = recipe.request
-    options = precision.Int8Options(request.reduce_range, request.weight_scales, keep_float, request.rounding)
+    scale_correct = request.scale_correct is not False
+    options = precision.Int8Options(request.reduce_range, request.weight_scales, keep_float, request.rounding, scale_correct)
     reason = ""
     if recipe.corrects:
         assert recipe.samples is not None
         try:
             return precision.bias_correct(path, table, layout, recipe.samples, out, options, rest)
         except (precision.NothingToCorrect, MissingBackend) as exc:
-            if request.bias_correct or request.rounding != "nearest":
+            if request.bias_correct or request.scale_correct or request.rounding != "nearest":
                 raise
             reason = exc.message
     if rest == "fp16":

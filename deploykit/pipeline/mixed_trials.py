@@ -63,7 +63,7 @@ def contributions(task: Task, few: Samples) -> Any:
     from deploykit.stages import precision
 
     request = task.recipe.request
-    options = precision.Int8Options(request.reduce_range, request.weight_scales)
+    options = precision.Int8Options(request.reduce_range, request.weight_scales, scale_correct=request.scale_correct is not False)
     return precision.contributions(task.path, task.table, task.layout, options, few, corrected=task.recipe.corrects)
 
 

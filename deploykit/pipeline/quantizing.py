@@ -133,7 +133,8 @@ def _ranges_for(
         return table_and_recipe(model, path, request, narrator, shapes)
     if request.int8 != Int8Request():
         raise InputError(
-            f"--bias-correct, --rounding, --weight-scales and --reduce-range are for INT8 from calibration, not for --mode {mode}",
+            "--bias-correct, --scale-correct, --rounding, --weight-scales and --reduce-range are for INT8 from calibration, "
+            f"not for --mode {mode}",
             "leave them out",
         )
     if request.calib_table is None and request.data is None:

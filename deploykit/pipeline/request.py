@@ -32,13 +32,15 @@ class SourceRequest:
 
 @dataclass(frozen=True)
 class Int8Request:
-    """How INT8 is made. bias_correct: None means wherever there are samples to correct with; equalize: `quantize` alone takes it."""
+    """How INT8 is made. bias_correct: None means wherever there are samples to correct with, scale_correct wherever biases are
+    corrected; equalize: `quantize` alone takes it."""
 
     bias_correct: bool | None = None
     weight_scales: str = "max"
     reduce_range: bool = False
     rounding: str = "nearest"
     equalize: bool = False
+    scale_correct: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LATE_TYPES = frozenset({"int16", "uint16", "int4", "uint4"})  # of Q/DQ: from opset 21 on
+_FURTHEST_FACTOR = 1.3
 _STRAY = 0.01  # share of weights that may differ from the reference's by more than rounding does
 
 
@@ -83,7 +84,8 @@ def why_not(reference: View, match: Match) -> str | None:
 
 
 def same_weights(reference: View, match: Match) -> bool:
-    """Whether the candidate's weight is the reference's (normalization folded), rounded up or down to its integers."""
+    """Whether the candidate's weight is the reference's (normalization folded), up to a factor near one of each output channel,
+    rounded up or down to its integers."""
     layer, other = match.layer, match.other
     if other is None or layer.weight is None or other.weight is None:
         return True
@@ -92,11 +94,12 @@ def same_weights(reference: View, match: Match) -> bool:
         return False
     if other.weight_pair is None:
         return bool(np.allclose(weight, other.weight, rtol=1e-3, atol=1e-5 * float(np.abs(weight).max(initial=0.0))))
+    known = weight * _factors(weight, other.weight, layer.axis)
     scale = _along(other.weight_pair, other)
     low, high = other.weight_pair.levels
     limit = max(abs(low), abs(high)) - 2
     steps = np.abs(other.weight / scale)
-    off = np.abs(weight - other.weight) > 1.05 * scale  # learnt rounding goes up or down by one whole step at most
+    off = np.abs(known - other.weight) > 1.05 * scale  # learnt rounding goes up or down by one whole step at most
     return bool(np.mean(off & (steps < limit) & (steps < 62.5)) <= _STRAY)  # 63 levels: weights of reduced range
 
 
@@ -111,9 +114,22 @@ def _along(pair: Pair, layer: Layer) -> NDArray[np.float32]:
 
 
 def folded_weight(reference: View, match: Match) -> NDArray[np.float32] | None:
-    """The reference's weight as the candidate has it: with the batch normalizations folded in that the candidate lacks."""
+    """The reference's weight as the candidate has it: with the batch normalizations folded in that the candidate lacks, and times the
+    factor that its scales give each output channel (our own scale correction does)."""
     other = match.other
-    return _folded_weight(reference, match.layer, max(0, len(match.layer.norms) - (len(other.norms) if other else 0)))
+    weight = _folded_weight(reference, match.layer, max(0, len(match.layer.norms) - (len(other.norms) if other else 0)))
+    if weight is None or other is None or other.weight_pair is None or other.weight is None or other.weight.shape != weight.shape:
+        return weight
+    return (weight * _factors(weight, other.weight, match.layer.axis)).astype(np.float32)
+
+
+def _factors(weight: NDArray[np.float32], other: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
+    """By output channel what brings `weight` closest to `other`, in a shape that broadcasts; 1 where that is far from one."""
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    dot = (weight.astype(np.float64) * other).sum(axis=others, keepdims=True)
+    square = np.square(weight, dtype=np.float64).sum(axis=others, keepdims=True)
+    found = np.divide(dot, square, out=np.ones_like(dot), where=square > 0)
+    return np.where((found > 1 / _FURTHEST_FACTOR) & (found < _FURTHEST_FACTOR), found, 1.0)
 
 
 def _folded_weight(reference: View, layer: Layer, count: int) -> NDArray[np.float32] | None:

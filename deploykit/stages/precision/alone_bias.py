@@ -1,14 +1,12 @@
-"""What bias correction does to each layer that is quantized alone: all layers' corrections from one pass of the float model."""
+"""What correction does to each layer that is quantized alone: all layers' corrections from one pass of the float model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from deploykit.stages.precision import bias, normal_form
-from deploykit.stages.precision.bias import BiasDeltas
+from deploykit.stages.precision import bias, channel_moments, normal_form
+from deploykit.stages.precision.correction import Corrections
 from deploykit.stages.precision.view import FloatGraph
 from deploykit.stages.precision.walk import Arrays
 
@@ -16,24 +14,28 @@ if TYPE_CHECKING:
     import onnx
 
 
-def deltas(path: Path, quantized: onnx.ModelProto, layout: str, feeds: list[Arrays]) -> BiasDeltas:
-    """The correction of each layer on these samples with no other layer quantized: E[float output] - E[quantized output].
+def corrections(
+    path: Path, quantized: onnx.ModelProto, layout: str, feeds: list[Arrays], *, scale_correct: bool = True
+) -> Corrections:
+    """The corrections of each layer on these samples with no other layer quantized (`bias.corrections` has the formulas).
 
     quantized: what INT8 makes of the float model at `path` with all its layers. Beside each layer of the float model stands a twin
-    that reads the same input, rounds it, and has the integer weights; only the means of both leave the graph.
+    that reads the same input, rounds it, and has the integer weights; only the moments of both leave the graph.
     """
     graph, digest = normal_form.load(path)
     wanted = bias.correctable(graph, quantized)
+    scaled = bias.scaled_by_channel(quantized, wanted) if scale_correct else frozenset()
     tensors = {}
     for node in [node for node in graph.nodes if node.name in wanted]:
         rank = bias.rank_of(graph, node)
         tensors[f"{node.name} float"] = (node.output[0], rank)
         tensors[f"{node.name} twin"] = (_add_twin(graph, quantized, node), rank)
     if not tensors:
-        return BiasDeltas(digest, layout, {})
-    found = bias.means(graph, tensors, feeds, None)
-    made = {name: (found[f"{name} float"] - found[f"{name} twin"]).astype(np.float32) for name in wanted}
-    return BiasDeltas(digest, layout, made, sum(next(iter(batch.values())).shape[0] for batch in feeds))
+        return Corrections(digest, layout, {})
+    found = channel_moments.in_graph(graph, tensors, feeds, None)
+    made = {name: bias.towards(found[f"{name} float"], found[f"{name} twin"], name in scaled) for name in wanted}
+    deltas, gains = {name: delta for name, (_, delta) in made.items()}, {name: made[name][0] for name in scaled}
+    return Corrections(digest, layout, deltas, sum(next(iter(batch.values())).shape[0] for batch in feeds), gains=gains)
 
 
 def _add_twin(graph: FloatGraph, quantized: onnx.ModelProto, node: onnx.NodeProto) -> str:

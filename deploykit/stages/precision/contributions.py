@@ -37,7 +37,7 @@ def contributions(
 ) -> Contributions:
     """The contribution of every layer that `to_int8` would quantize, over these samples (a handful is enough to rank).
 
-    corrected: each layer with its bias corrected on these samples. Without, the layers of a graph that will be corrected come in
+    corrected: each layer corrected on these samples. Without, the layers of a graph that will be corrected come in
     another order: EfficientNet-Lite0's first depthwise layer made 42 % of all noise, most of which its bias takes back. The graphs
     run literally. Raises as `to_int8` does.
     """
@@ -49,13 +49,16 @@ def contributions(
     read, floats = readable(base)
     wanted = [base.run(read, batch) for batch in feeds]
     signal = sum(power(value) if floats else float(value.size) for part in wanted for value in part)
-    biases = alone_bias.deltas(path, quantized(path, table, layout, options)[0], layout, feeds) if corrected else None
+    whole = quantized(path, table, layout, options)[0] if corrected else None
+    learnt = (
+        alone_bias.corrections(path, whole, layout, feeds, scale_correct=options.scale_correct) if whole is not None else None
+    )
     noise: dict[str, float] = {}
     for step, name in enumerate(names):
         report_progress("each layer alone", step / len(names))
         others = tuple(sorted({*options.keep_float, *(other for other in names if other != name)}))
         alone = Int8Options(options.reduce_range, options.weight_scales, others)
-        session = open_session(quantized(path, table, layout, alone, biases)[0], None)
+        session = open_session(quantized(path, table, layout, alone, learnt)[0], None)
         lost = [_Lost(floats) for _ in read]
         for batch, part in zip(feeds, wanted, strict=True):
             for sums, found, value in zip(lost, session.run(read, batch), part, strict=True):

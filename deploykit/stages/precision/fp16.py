@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
     from deploykit.calibration_table import CalibrationTable
-    from deploykit.stages.precision.bias import BiasDeltas
+    from deploykit.stages.precision.correction import Corrections
 
 HALF_SCALES_OPSET = 19  # QuantizeLinear and DequantizeLinear take FP16 from there on
 _DEFAULT = Int8Options()
@@ -46,7 +46,7 @@ def _is_half(model: onnx.ModelProto) -> bool:
 
 
 def to_int8_fp16(
-    path: Path, table: CalibrationTable, out: Path, options: Int8Options = _DEFAULT, corrections: BiasDeltas | None = None
+    path: Path, table: CalibrationTable, out: Path, options: Int8Options = _DEFAULT, corrections: Corrections | None = None
 ) -> Artifact:
     """INT8 in TensorRT's layout with the rest of the graph in FP16, unsaved: what TensorRT and TensorRT-RTX build.
 

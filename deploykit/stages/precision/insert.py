@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @dataclass
 class Inserter:
     """Writes one plan. `integer_bias`: int32 biases, as ONNX Runtime's kernels want them; TensorRT wants them in float.
-    `half`: scales that FP16 holds exactly. `rounded`: by node, the integers to take, where the scale is the one they are for."""
+    `half`: scales that FP16 holds exactly. `rounded`: by node, the integers to take, where the scale is the one they are for.
+    `gains`: by node, what its result is to be multiplied by, [channels]: its biases have it already, its weights' scales get it here,
+    and the integers stay as they are."""
 
     graph: FloatGraph
     plan: Plan
@@ -33,9 +35,11 @@ class Inserter:
     integer_bias: bool
     half: bool = False
     rounded: Mapping[str, tuple[NDArray[np.int8], NDArray[np.float32]]] = field(default_factory=dict)
+    gains: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     dead_channels: int = 0
     rounded_layers: int = 0
-    _weights: dict[tuple[str, int | None, bytes], str] = field(default_factory=dict)
+    scaled_layers: int = 0
+    _weights: dict[tuple[str, int | None, bytes, bytes], str] = field(default_factory=dict)
 
     def write(self) -> None:
         """Rewrites the graph's model in place."""
@@ -118,6 +122,7 @@ class Inserter:
         self.dead_channels += int(dead.sum())
         wanted = scales.mse_scale(weight, axis, levels) if self.options.weight_scales == "mse" else amax / levels
         scale = scales.positive(scales.revive(wanted, dead), half=self.half)
+        gain = self.gains.get(node.name, np.ones(1, np.float32)) if axis is not None else np.ones(1, np.float32)
         bias = node.input[2] if len(node.input) > 2 and node.input[2] in self.graph.constants else None
         result: list[onnx.NodeProto | None] = []
         if bias is not None and node.op_type != "MatMul":
@@ -127,22 +132,29 @@ class Inserter:
             step = self.activation[self.plan.root(node.input[0])].scale
             # A channel of tiny weights would need a bias beyond int32: its scale grows until the bias fits. So too where the bias
             # stays in float: ONNX Runtime (1.31, WeightBiasQuantization) makes an int32 of it by itself.
-            floor = np.abs(values.astype(np.float64)) / (step * (scales.INT32_MAX // 2))
+            floor = np.abs(values.astype(np.float64) / gain) / (step * (scales.INT32_MAX // 2))
             if axis is None or floor.size != channels:  # a Gemm's third operand may be a matrix
                 floor = floor.max(keepdims=True)
             scale = scales.positive(np.maximum(scale, floor), half=self.half)
             if self.integer_bias:
-                result.append(self._integer_bias(node, bias, values, (scale * np.float32(step)).astype(np.float32)))
-        result.insert(0, self._integer_weight(node, weight, scale, axis, levels))
+                result.append(self._integer_bias(node, bias, values, (scale * gain * np.float32(step)).astype(np.float32)))
+        result.insert(0, self._integer_weight(node, weight, scale, gain, axis, levels))
         return [found for found in result if found is not None]
 
     def _integer_weight(
-        self, node: onnx.NodeProto, weight: NDArray[Any], scale: NDArray[np.float32], axis: int | None, levels: int
+        self,
+        node: onnx.NodeProto,
+        weight: NDArray[Any],
+        scale: NDArray[np.float32],
+        gain: NDArray[np.float32],
+        axis: int | None,
+        levels: int,
     ) -> onnx.NodeProto | None:
         import onnx
 
         name = node.input[1]
-        key = (name, axis, scale.tobytes())
+        self.scaled_layers += int(node.name in self.gains and axis is not None)
+        key = (name, axis, scale.tobytes(), gain.tobytes())
         if key in self._weights:  # shared by several nodes along one axis
             node.input[1] = self._weights[key]
             return None
@@ -150,6 +162,7 @@ class Inserter:
         usable = given is not None and np.array_equal(given[1].reshape(-1), scale.reshape(-1))
         integers = given[0] if given is not None and usable else scales.quantize(weight, scale, axis, levels)
         self.rounded_layers += int(usable)
+        scale = scales.positive(scale * gain, half=self.half)
         result = self.graph.fresh(f"{name}_dequantized")
         inputs = [
             self._constant(f"{name}_quantized", integers),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
     from deploykit.calibration_table import CalibrationTable
-    from deploykit.stages.precision.bias import BiasDeltas
+    from deploykit.stages.precision.correction import Corrections
 
 STAGE = "precision"
 _DEFAULT = Int8Options()
@@ -36,13 +36,13 @@ def to_int8(
     layout: str,
     out: Path,
     options: Int8Options = _DEFAULT,
-    corrections: BiasDeltas | None = None,
+    corrections: Corrections | None = None,
 ) -> Artifact:
     """The INT8 form of a float model, as Q/DQ nodes; unsaved. Inputs, outputs and the batch axis stay as they are.
 
     layout 'cpu': uint8 activations with a zero point, int8 weights per channel, int32 biases (ONNX Runtime, OpenVINO);
     'tensorrt': symmetric int8, biases in float. What cannot be quantized stays in float, with the reason in `facts`.
-    `corrections`: what `bias.deltas` found for this model and layout; added to the biases.
+    `corrections`: what `bias.corrections` found for this model and layout, written into biases and weight scales.
     Raises StaleCalibration for the table or corrections of another model, ModelError for a model that is quantized already, InputError
     where nothing could be quantized.
     """
@@ -64,7 +64,7 @@ def quantized(
     table: CalibrationTable,
     layout: str,
     options: Int8Options,
-    corrections: BiasDeltas | None = None,
+    corrections: Corrections | None = None,
     *,
     opset: int = normal_form.MIN_OPSET,
     half: bool = False,
@@ -100,10 +100,12 @@ def quantized(
         integer_bias=layout == "cpu",
         half=half,
         rounded={} if corrections is None else corrections.integers,
+        gains={} if corrections is None else corrections.gains,
     )
     inserter.write()
     facts["dead_channels"] = inserter.dead_channels
     facts["rounded_layers"] = inserter.rounded_layers
+    facts["scale_corrected_layers"] = inserter.scaled_layers
     return graph.model, facts
 
 
@@ -165,7 +167,7 @@ def _facts(graph: FloatGraph, plan: Plan, layout: str, counts: dict[str, int]) -
     }
 
 
-def told(table: CalibrationTable, layout: str, options: Int8Options, corrections: BiasDeltas | None = None) -> dict[str, Json]:
+def told(table: CalibrationTable, layout: str, options: Int8Options, corrections: Corrections | None = None) -> dict[str, Json]:
     """What an INT8 artifact records as its options."""
     return {
         **options.to_json(),

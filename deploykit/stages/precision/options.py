@@ -19,12 +19,14 @@ class Int8Options:
     """reduce_range: weights in 7 bits, for CPUs without VNNI, whose 16-bit sums of U8S8 products saturate.
     weight_scales: 'max' of each channel, or the clipping with the least squared error ('mse').
     rounding: 'nearest', or 'gptq': learnt on samples, together with bias correction.
+    scale_correct: bias correction also gives back what quantizing does to the spread of each channel, through its weight scale.
     keep_float: names of nodes that stay in float."""
 
     reduce_range: bool = False
     weight_scales: str = "max"
     keep_float: tuple[str, ...] = ()
     rounding: str = "nearest"
+    scale_correct: bool = True
 
     def __post_init__(self) -> None:
         if self.weight_scales not in WEIGHT_SCALES:

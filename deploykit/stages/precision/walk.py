@@ -15,7 +15,7 @@ from deploykit.stages.precision.view import bodies, tensor
 if TYPE_CHECKING:
     import onnx
 
-HELD_BYTES = 512 << 20  # activations of all samples at one cut
+HELD_BYTES = 768 << 20  # activations of all samples at one cut
 LEAST_SAMPLES = 8
 Arrays = dict[str, NDArray[Any]]
 

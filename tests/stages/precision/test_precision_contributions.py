@@ -51,13 +51,14 @@ def test_the_correction_of_a_layer_alone_is_that_of_the_walk(tmp_path: Path) -> 
     path = saved(residual(), tmp_path)
     table, samples = table_for(path), samples_of(residual())
     feeds = [dict(batch) for batch, _ in samples.batches(8)]
-    found = alone_bias.deltas(path, quantized(path, table, "cpu", Int8Options())[0], "cpu", feeds)
+    found = alone_bias.corrections(path, quantized(path, table, "cpu", Int8Options())[0], "cpu", feeds)
     names = list(found.deltas)
     assert len(names) == 5
     for name in names:
         only = Int8Options(keep_float=tuple(other for other in names if other != name))
         to_int8(path, table, "cpu", tmp_path / "one.onnx", only)
-        walked = bias.deltas(path, tmp_path / "one.onnx", samples, layout="cpu", options=only)
+        walked = bias.corrections(path, tmp_path / "one.onnx", samples, layout="cpu", options=only)
+        np.testing.assert_allclose(found.gains[name], walked.gains[name], atol=1e-5)
         np.testing.assert_allclose(found.deltas[name], walked.deltas[name], atol=1e-5)
 
 

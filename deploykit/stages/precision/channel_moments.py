@@ -1,0 +1,102 @@
+"""Mean and spread of each channel over samples and space: of tensors inside a graph, and of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.stages.precision.view import FloatGraph, tensor
+from deploykit.stages.precision.walk import Arrays, open_session
+
+_LARGEST_GAIN = 1.25  # what is further off is a channel that lost more than its scale
+_LEAST_SPREAD = 1e-6  # of the mean: below it the spread is float32's own rounding
+
+
+@dataclass(frozen=True)
+class Moments:
+    """mean and std of each channel, [channels], over everything but axis 1."""
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+    def gain_to(self, wanted: Moments) -> NDArray[np.float32]:
+        """What each channel is to be multiplied by for the spread of `wanted`, within 1/1.25 and 1.25; 1 where either hardly varies."""
+        least = _LEAST_SPREAD * np.maximum(np.abs(wanted.mean), np.abs(self.mean))
+        varies = (self.std > least) & (wanted.std > least)
+        ratio = np.divide(wanted.std, self.std, out=np.ones_like(wanted.std), where=varies)
+        return np.clip(ratio, 1 / _LARGEST_GAIN, _LARGEST_GAIN).astype(np.float32)
+
+
+def in_graph(
+    graph: FloatGraph, tensors: Mapping[str, tuple[str, int]], feeds: list[Arrays], threads: int | None
+) -> dict[str, Moments]:
+    """By key, the moments of a tensor (its name and rank), reduced inside the graph, which is used up."""
+    import onnx
+
+    model = graph.model
+    graph.write_back(graph.nodes)
+    outputs: list[str] = []
+    make = onnx.helper.make_node
+    for source, rank in tensors.values():
+        mean, centred, square, variance = (graph.fresh(f"{source}_{part}") for part in ("mean", "centred", "square", "variance"))
+        axes = [a for a in range(rank) if a != 1]
+        model.graph.node.extend(
+            [
+                _reduced(graph, source, mean, axes),
+                make("Sub", [source, mean], [centred]),
+                make("Mul", [centred, centred], [square]),
+                _reduced(graph, square, variance, axes),
+            ]
+        )
+        outputs += [mean, variance]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
+    session = open_session(model, threads)
+    parts: dict[str, list[tuple[int, NDArray[Any], NDArray[Any]]]] = {key: [] for key in tensors}
+    for batch in feeds:
+        values = session.run(outputs, batch)
+        for key, mean, variance in zip(tensors, values[::2], values[1::2], strict=True):
+            parts[key].append((_count(batch), mean.reshape(-1), variance.reshape(-1)))
+    return {key: _together(found) for key, found in parts.items()}
+
+
+def of_arrays(arrays: Iterable[NDArray[Any]]) -> Moments:
+    """The moments over all samples of batches [n, channels, ...]."""
+    parts = []
+    for array in arrays:
+        axes = tuple(a for a in range(array.ndim) if a != 1)
+        mean = array.mean(axis=axes, dtype=np.float64, keepdims=True)
+        variance = np.square(array - mean.astype(np.float32)).mean(axis=axes, dtype=np.float64)
+        parts.append((array.shape[0], mean.reshape(-1), variance))
+    return _together(parts)
+
+
+def along(values: NDArray[Any], rank: int) -> NDArray[Any]:
+    """Values of each channel in a shape that broadcasts over [n, channels, ...]."""
+    return values.reshape(1, -1, *[1] * (rank - 2))
+
+
+def _reduced(graph: FloatGraph, source: str, name: str, axes: list[int]) -> Any:
+    import onnx
+
+    if graph.opset < 18:
+        return onnx.helper.make_node("ReduceMean", [source], [name], axes=axes, keepdims=1)
+    held = graph.fresh(f"{name}_axes")
+    graph.model.graph.initializer.append(tensor(held, np.array(axes, np.int64)))
+    return onnx.helper.make_node("ReduceMean", [source, held], [name], keepdims=1)
+
+
+def _together(parts: list[tuple[int, NDArray[Any], NDArray[Any]]]) -> Moments:
+    """Of (samples, mean, variance) of each batch those of all: the variance within batches and that between them."""
+    counts = np.array([count for count, _, _ in parts], np.float64)[:, None] / sum(count for count, _, _ in parts)
+    means, variances = (np.stack([part[k] for part in parts]).astype(np.float64) for k in (1, 2))
+    mean = (counts * means).sum(axis=0)
+    return Moments(mean, np.sqrt((counts * (variances + np.square(means - mean))).sum(axis=0)))
+
+
+def _count(batch: Arrays) -> int:
+    return max((int(array.shape[0]) for array in batch.values() if array.ndim), default=1)
