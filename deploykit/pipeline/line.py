@@ -123,7 +123,10 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     if entries:
         pools, pool_digest = pools_for(first.signature, samples.judge, {e.row.batch for e in entries}, rows)
         results = measuring.take(entries, predictions, samples.judge, pools, pool_digest, rows, store, say)
-    table = [row for m in models for row in assemble.rows_of(m.rows, m.built, results, rows)]
+    by_target = [assemble.rows_of(m.rows, m.built, results, rows) for m in models]
+    table = [row for found in by_target for row in found]
+    codes = [assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results)]
+    codes += [assemble.exit_code_of_engines(found) for m, found in zip(models, by_target, strict=True) if m.shop is None]
     origin = _first_nan(first, results, samples.judge, say)
     loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
     table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)
@@ -140,7 +143,7 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
         tuple(entries),
         built,
         results,
-        max(assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results), loads.exit_code()),
+        max(*codes, loads.exit_code()),
         made=tuple(x for m in models if m.shop for x in m.shop.made),
         reused=tuple(x for m in models if m.shop for x in m.shop.reused),
         workshops=tuple(m.shop for m in models if m.shop),
