@@ -75,7 +75,8 @@ class TorchCompile:
         return torch_source.copy(artifact, request, folder, f"build-{NAME}", self.versions())
 
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
-        """The module compiled at the request's batch; about 20 s the first time, 4 s from Inductor's cache on disk."""
+        """The module compiled at the request's batch: 15 to 20 s every time, since Inductor's cache on disk takes no graph with packed
+        weights (torch 2.14.1: "Bypassing FX Graph Cache because 'mkldnn tensors unpickleable'")."""
         import torch
 
         opened.require_batch(engine.signature, request)
