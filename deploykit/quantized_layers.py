@@ -22,6 +22,7 @@ BARE = "bare"  # before any activation function
 _ON_CONSTANTS = frozenset(
     {"Constant", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten", "Mul", "Div", "Sub", "Add"}
 )
+SCALE_CORRECTED = "deploykit.scale_corrected"  # metadata of a graph whose weight scales hold gains
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 
@@ -68,7 +69,8 @@ class Point:
 @dataclass(frozen=True)
 class Layer:
     """One Conv, ConvTranspose, Gemm or MatMul. data: the float tensor it reads; weight: its float (or dequantized) weight
-    where that is constant; points: where its result can be read, in graph order; norms: batch normalizations in between."""
+    where that is constant; points: where its result can be read, in graph order; norms: batch normalizations in between; scaled:
+    whether the channels of its weight may have gains (the graph says that its scales were corrected)."""
 
     index: int
     name: str
@@ -82,6 +84,7 @@ class Layer:
     axis: int
     points: tuple[Point, ...]
     norms: tuple[int, ...]
+    scaled: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -213,6 +216,7 @@ def _layer(view: View, i: int) -> Layer:
         _out_axis(node, rank),
         points,
         norms,
+        any(entry.key == SCALE_CORRECTED for entry in view.model.metadata_props),
     )
 
 

@@ -208,7 +208,7 @@ def exit_code(table: Sequence[Row], planned: Sequence[PlannedRow], request: Rows
 
 
 def exit_code_of_engines(rows: Sequence[Row]) -> int:
-    """0, or 3 or 4 when none of the rows of an engine that was given ran, or could: it was asked for by name."""
+    """0, or 3 or 4 when of an engine that was given, or of a folder of them, no row ran, or could: it was asked for by name."""
     if not rows or any(row.status in ("ok", "built") for row in rows):
         return EXIT_PASSED
     return EXIT_BACKEND if any(row.status == "failed" for row in rows) else EXIT_MISSING

@@ -51,7 +51,7 @@ class Int8Recipe:
             "weight_scales": self.request.weight_scales,
             "reduce_range": self.request.reduce_range,
             "rounding": self.request.rounding,
-            "scale_correct": self.request.scale_correct is not False if self.corrects else False,
+            "scale_correct": self.request.scale_correct if self.corrects else False,
         }
 
 

@@ -126,7 +126,9 @@ def run(request: LineRequest, narrator: Narrator | None = None) -> LineResult:
     by_target = [assemble.rows_of(m.rows, m.built, results, rows) for m in models]
     table = [row for found in by_target for row in found]
     codes = [assemble.exit_code(table, [r for m in models for r in m.rows], request.rows, results)]
-    codes += [assemble.exit_code_of_engines(found) for m, found in zip(models, by_target, strict=True) if m.shop is None]
+    for asked in dict.fromkeys(m.asked for m in models if m.shop is None):
+        mine = [row for m, found in zip(models, by_target, strict=True) if m.asked == asked for row in found]
+        codes.append(assemble.exit_code_of_engines(mine))
     origin = _first_nan(first, results, samples.judge, say)
     loads = scenarios.take(entries, first.signature, samples.judge, rows, store, say)
     table = scenarios.said(table, [r for m in models for r in m.rows], results, loads)

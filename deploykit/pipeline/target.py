@@ -19,13 +19,15 @@ from deploykit.store import Store
 
 @dataclass
 class Target:
-    """One target on its way: its planned rows, and per engine the artifact or what stopped it."""
+    """One target on its way: its planned rows, and per engine the artifact or what stopped it. asked: what the user wrote; the engines
+    of one folder have it in common."""
 
     name: str
     signature: Signature
     rows: list[PlannedRow]
     shop: Workshop | None
     built: dict[tuple[str, str, str, str], Artifact | DeploykitError] = field(default_factory=dict)
+    asked: str = ""
 
     def runs(self) -> set[tuple[str, str, str, str]]:
         """The engines that were built and can run here."""
@@ -40,7 +42,7 @@ def open_targets(target: SourceRequest, rows: RowsRequest, store: Store, say: Na
     path = Path(target.text)
     found = engines.find(path)
     if found:
-        return [_engine_model(engine, rows) for engine in found]
+        return [replace(_engine_model(engine, rows), asked=target.text) for engine in found]
     if path.is_dir():
         raise InputError(
             f"the folder {path} holds no deploykit engines (*.manifest.json)", "give an .onnx file, an engine or a SOURCE"
@@ -55,7 +57,7 @@ def open_targets(target: SourceRequest, rows: RowsRequest, store: Store, say: Na
         )
     base = shop.base_precision
     planned = plan(shop.name, shop.spec.kind, shop.signature, rows, base_precision=base, findings=shop.findings)
-    return [Target(shop.name, shop.signature, planned, shop)]
+    return [Target(shop.name, shop.signature, planned, shop, asked=target.text)]
 
 
 def _engine_model(engine: Artifact, request: RowsRequest) -> Target:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LATE_TYPES = frozenset({"int16", "uint16", "int4", "uint4"})  # of Q/DQ: from opset 21 on
-_FURTHEST_FACTOR = 1.3
+_FURTHEST_GAIN = 1.3
 _STRAY = 0.01  # share of weights that may differ from the reference's by more than rounding does
 
 
@@ -84,8 +84,8 @@ def why_not(reference: View, match: Match) -> str | None:
 
 
 def same_weights(reference: View, match: Match) -> bool:
-    """Whether the candidate's weight is the reference's (normalization folded), up to a factor near one of each output channel,
-    rounded up or down to its integers."""
+    """Whether the candidate's weight is the reference's (normalization folded), rounded up or down to its integers; in a graph whose
+    scales were corrected, up to a gain of each output channel."""
     layer, other = match.layer, match.other
     if other is None or layer.weight is None or other.weight is None:
         return True
@@ -94,7 +94,7 @@ def same_weights(reference: View, match: Match) -> bool:
         return False
     if other.weight_pair is None:
         return bool(np.allclose(weight, other.weight, rtol=1e-3, atol=1e-5 * float(np.abs(weight).max(initial=0.0))))
-    known = weight * _factors(weight, other.weight, layer.axis)
+    known = weight * _gains(weight, other)
     scale = _along(other.weight_pair, other)
     low, high = other.weight_pair.levels
     limit = max(abs(low), abs(high)) - 2
@@ -115,21 +115,28 @@ def _along(pair: Pair, layer: Layer) -> NDArray[np.float32]:
 
 def folded_weight(reference: View, match: Match) -> NDArray[np.float32] | None:
     """The reference's weight as the candidate has it: with the batch normalizations folded in that the candidate lacks, and times the
-    factor that its scales give each output channel (our own scale correction does)."""
+    gains of its output channels where its scales were corrected."""
     other = match.other
     weight = _folded_weight(reference, match.layer, max(0, len(match.layer.norms) - (len(other.norms) if other else 0)))
     if weight is None or other is None or other.weight_pair is None or other.weight is None or other.weight.shape != weight.shape:
         return weight
-    return (weight * _factors(weight, other.weight, match.layer.axis)).astype(np.float32)
+    return (weight * _gains(weight, other)).astype(np.float32)
 
 
-def _factors(weight: NDArray[np.float32], other: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
-    """By output channel what brings `weight` closest to `other`, in a shape that broadcasts; 1 where that is far from one."""
-    others = tuple(a for a in range(weight.ndim) if a != axis)
-    dot = (weight.astype(np.float64) * other).sum(axis=others, keepdims=True)
-    square = np.square(weight, dtype=np.float64).sum(axis=others, keepdims=True)
-    found = np.divide(dot, square, out=np.ones_like(dot), where=square > 0)
-    return np.where((found > 1 / _FURTHEST_FACTOR) & (found < _FURTHEST_FACTOR), found, 1.0)
+def _gains(weight: NDArray[np.float32], other: Layer) -> NDArray[np.float64]:
+    """By output channel what the candidate's scale correction multiplied the weight by, in a shape that broadcasts: the median ratio of
+    its larger weights (rounding moves those least, and a clipped one is no median); 1 without."""
+    assert other.weight is not None
+    if not other.scaled or other.weight_pair is None or other.weight_pair.per_tensor:
+        return np.ones((), np.float64)
+    others = tuple(a for a in range(weight.ndim) if a != other.axis)
+    size = np.abs(weight).astype(np.float64)
+    large = size >= 0.5 * size.max(axis=others, keepdims=True, initial=0.0)
+    ratio = np.divide(other.weight, weight, out=np.full(weight.shape, np.nan), where=large & (size > 0))
+    found = np.nan_to_num(
+        np.nanmedian(np.where(np.isnan(ratio).all(axis=others, keepdims=True), 1.0, ratio), axis=others, keepdims=True)
+    )
+    return np.asarray(np.clip(found, 1 / _FURTHEST_GAIN, _FURTHEST_GAIN), np.float64)
 
 
 def _folded_weight(reference: View, layer: Layer, count: int) -> NDArray[np.float32] | None:

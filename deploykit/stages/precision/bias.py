@@ -23,7 +23,7 @@ from deploykit.artifact import Artifact
 from deploykit.children import report_progress
 from deploykit.errors import InputError, ModelError
 from deploykit.samples import Samples
-from deploykit.stages.precision import channel_moments, normal_form, rounding
+from deploykit.stages.precision import channel_moments, normal_form, rounding, scales
 from deploykit.stages.precision.channel_moments import Moments
 from deploykit.stages.precision.correction import Corrections, Rounded
 from deploykit.stages.precision.fp16 import to_int8_fp16
@@ -57,6 +57,7 @@ def corrections(
     limit: int = DEFAULT_SAMPLES,
     threads: int | None = None,
     options: Int8Options = _DEFAULT,
+    half: bool = False,
 ) -> Corrections:
     """The corrections that bring the mean and the spread of each quantized layer's channels back to the float model's, on at most
     `limit` samples.
@@ -74,7 +75,7 @@ def corrections(
     if not wanted:
         raise NothingToCorrect(
             f"{path.name} has no quantized Conv, ConvTranspose or Gemm whose bias could be corrected",
-            "leave --bias-correct and --rounding gptq out: they have nothing to work on here",
+            "leave --bias-correct, --scale-correct and --rounding gptq out: they have nothing to work on here",
         )
     count = affordable(graph.model, min(limit, len(samples)))
     fixed = samples.signature.fixed_batch  # such a graph takes whole batches: the last sample counts again
@@ -101,7 +102,8 @@ def corrections(
             integers[name] = (learnt, scale)
         advance(cut.part, live, cut.keep, threads)
         seen = channel_moments.of_arrays(values[cut.result] for values in live)
-        gain, deltas[name] = towards(exact[name], seen, name in scaled)
+        half_scale = cut.weights()[2] if half and name in scaled else None
+        gain, deltas[name] = towards(exact[name], seen, name in scaled, half_scale=half_scale)
         if name in scaled:
             gains[name] = gain
         for values in live:
@@ -112,9 +114,13 @@ def corrections(
     return Corrections(digest, layout, deltas, count, integers, gains)
 
 
-def towards(exact: Moments, seen: Moments, scaled: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Gain and delta of each channel."""
+def towards(
+    exact: Moments, seen: Moments, scaled: bool, half_scale: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Gain and delta of each channel. half_scale: the weights' scales where FP16 will hold them: the gain is then what it leaves."""
     gain = seen.gain_to(exact) if scaled else np.ones(seen.mean.shape, np.float32)
+    if half_scale is not None:
+        gain = scales.gained(half_scale, gain, half=True) / half_scale
     return gain, (exact.mean - gain * seen.mean).astype(np.float32)
 
 
@@ -139,7 +145,7 @@ def bias_correct(
         plain = Path(folder) / "int8.onnx"
         model, facts = quantized(path, table, layout, options, half=rest == "fp16")
         write(model, plain, precision="int8", parent=path, options={}, facts=facts)
-        found = corrections(path, plain, samples, layout=layout, limit=limit, options=options)
+        found = corrections(path, plain, samples, layout=layout, limit=limit, options=options, half=rest == "fp16")
     if rest == "fp16":
         return to_int8_fp16(path, table, out, options, found)
     return to_int8(path, table, layout, out, options, found)

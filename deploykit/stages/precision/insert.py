@@ -162,7 +162,7 @@ class Inserter:
         usable = given is not None and np.array_equal(given[1].reshape(-1), scale.reshape(-1))
         integers = given[0] if given is not None and usable else scales.quantize(weight, scale, axis, levels)
         self.rounded_layers += int(usable)
-        scale = scales.positive(scale * gain, half=self.half)
+        scale = scales.gained(scale, gain, half=self.half)
         result = self.graph.fresh(f"{name}_dequantized")
         inputs = [
             self._constant(f"{name}_quantized", integers),

@@ -13,6 +13,7 @@ import numpy as np
 from deploykit import graph as graphs
 from deploykit.artifact import Artifact, Json, sha256_of
 from deploykit.errors import InputError, ModelError, UnknownName
+from deploykit.quantized_layers import SCALE_CORRECTED
 from deploykit.stages.precision import normal_form, plan_cpu, plan_tensorrt, scales
 from deploykit.stages.precision.half import HALF_MAX, HALF_NORMAL
 from deploykit.stages.precision.insert import Inserter, activation_scales
@@ -171,6 +172,7 @@ def told(table: CalibrationTable, layout: str, options: Int8Options, corrections
     """What an INT8 artifact records as its options."""
     return {
         **options.to_json(),
+        "scale_correct": corrections is not None and bool(corrections.gains),
         "layout": layout,
         "method": table.method,
         "calibration": table.fingerprint,
@@ -193,6 +195,9 @@ def write(
     import onnx
 
     model.producer_name = "deploykit"
+    if facts.get("scale_corrected_layers"):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = SCALE_CORRECTED, str(facts["scale_corrected_layers"])
     if graphs.fits_inline(model):
         try:
             onnx.checker.check_model(model, full_check=True)

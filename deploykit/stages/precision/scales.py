@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.stages.precision.half import HALF_MAX, HALF_NORMAL
+
 # The least scale in float32. The product of two (a bias's scale) is a normal float32 still, and 1 / scale is finite. It leaves
 # room for the activations of an untrained MobileNetV2 (4e-9): 1e-7, a common choice, gave it 0 dB.
 TINY_SCALE = 2.0**-60
@@ -54,6 +56,16 @@ def positive(scale: NDArray[Any], *, half: bool = False) -> NDArray[np.float32]:
     rounded = wanted.astype(np.float16)
     up = np.nextafter(rounded, np.float16(np.inf))
     return np.asarray(np.where(rounded < wanted, up, rounded), dtype=np.float32)
+
+
+def gained(scale: NDArray[Any], gain: NDArray[Any], *, half: bool = False) -> NDArray[np.float32]:
+    """scale * gain, above zero, as float32; with `half` what FP16 holds nearest to it, and the scale itself where FP16 holds numbers of
+    that size coarsely (a subnormal)."""
+    found = np.maximum(scale * gain, TINY_SCALE)
+    if half:
+        nearest = np.clip(found, TINY_HALF_SCALE, HALF_MAX).astype(np.float16)
+        found = np.where((found < HALF_NORMAL) | (scale < HALF_NORMAL), scale, nearest)
+    return np.asarray(found, dtype=np.float32)
 
 
 def revive(scale: NDArray[Any], dead: NDArray[np.bool_]) -> NDArray[Any]:
