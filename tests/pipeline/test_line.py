@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +147,18 @@ def test_an_engine_of_the_run_can_be_benched_predicted_and_compared(ran: Path) -
     assert len(json.loads(done.stdout)) == 24
     done = _deploykit("compare", "net.onnx", engine, "--data", "data.npz", "--json", "-", cwd=ran)
     assert json.loads(done.stdout)["drift"]["n"] == 24
+
+
+def test_an_engine_that_does_not_open_is_an_error_and_one_of_a_folder_a_row(ran: Path, tmp_path: Path) -> None:
+    shutil.copytree(ran / "out/engines/net-onnxruntime-fp32", tmp_path / "good")
+    shutil.copytree(ran / "out/engines/net-onnxruntime-int8", tmp_path / "bad")
+    side = next((tmp_path / "bad").glob("*.manifest.json"))
+    model = side.with_name(side.name.removesuffix(".manifest.json"))
+    known = hashlib.sha256(model.read_bytes()).hexdigest()
+    model.write_bytes(b"garbage")
+    side.write_text(side.read_text().replace(known, hashlib.sha256(b"garbage").hexdigest()))
+    assert "failed" in _deploykit("bench", "bad", "--batch", "1", *SHORT, cwd=tmp_path, code=4).stdout
+    assert "failed" in _deploykit("bench", ".", "--batch", "1", *SHORT, cwd=tmp_path).stdout
 
 
 def test_the_report_renders_again(ran: Path) -> None:
