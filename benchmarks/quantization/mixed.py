@@ -9,7 +9,8 @@ batch 1. Crops of `photographs.py`'s shares calibrate and tune make and tune the
 it calibrates on for tuning); those of its share judge come from other photographs. The budget is what the tuning samples are held
 to; what is compared with BF16 is measured on the judging ones.
 
-Goal (of issue 4): mixed closer to the float model than BF16, at 85 % of plain INT8's speed or more. Writes results/mixed_NAME.json.
+Goal (of issue 4): mixed closer to the float model than BF16 (93.5 %, 25.1 dB as stated there), at 85 % of plain INT8's speed or more;
+held against the stated figures and against BF16's of the same run. Writes results/mixed_NAME.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from deploykit.measurement import Measurement, speedup
 RESULTS = Path(__file__).parent.parent / "results"
 PRECISIONS = ("fp32", "bf16", "int8", "mixed")
 LEAST_SHARE = 0.85
+STATED = {"agreement": 0.935, "sqnr_db": 25.1}  # BF16's fidelity as the goal gives it
 
 
 def together(photographs: Path) -> Path:
@@ -77,17 +79,19 @@ def rows_of(report: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def verdict(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mixed against BF16's fidelity and INT8's speed."""
+    """Mixed against BF16's fidelity, as stated and in this run, and INT8's speed."""
     mixed, bf16 = rows["mixed"], rows["bf16"]
+
+    def met(fidelity: Mapping[str, Any]) -> bool:
+        closer = mixed["agreement"] >= fidelity["agreement"] and mixed["sqnr_db"] > fidelity["sqnr_db"]
+        return bool(closer and mixed["share_of_int8"] >= LEAST_SHARE)
+
     return {
         "agreement_over_bf16_pp": 100 * (mixed["agreement"] - bf16["agreement"]),
         "sqnr_over_bf16_db": mixed["sqnr_db"] - bf16["sqnr_db"],
         "share_of_int8": mixed["share_of_int8"],
-        "met": bool(
-            mixed["agreement"] >= bf16["agreement"]
-            and mixed["sqnr_db"] > bf16["sqnr_db"]
-            and mixed["share_of_int8"] >= LEAST_SHARE
-        ),
+        "met_as_stated": met(STATED),
+        "met_against_this_run": met(bf16),
     }
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     for row in rows:
         share = f"{100 * row['share_of_int8']:.0f} % of INT8's speed" if "share_of_int8" in row else row["reason"]
         print(f"{row['precision']}: agreement {100 * row['agreement']:.1f} %, SQNR {row['sqnr_db'] or 0:.1f} dB, {share}")
-    print(f"goal {'met' if found['met'] else 'NOT met'}: {found}")
+    print(f"goal {'met' if found['met_as_stated'] else 'NOT met'} as stated: {found}")
 
 
 if __name__ == "__main__":
