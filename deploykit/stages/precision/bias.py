@@ -63,9 +63,9 @@ def corrections(
     `limit` samples.
 
     path: the float model; quantized_path: what `to_int8` made of it with `options`: without `scale_correct` means alone are brought
-    back; `rounding` says whether weights are rounded anew first. The quantized graph is computed literally (no fused kernels). Fewer samples are used where their
-    activations would not fit into `walk.HELD_BYTES`. Raises InputError without samples, NothingToCorrect (so too where the two
-    graphs do not match), MissingBackend without ONNX Runtime.
+    back; `rounding` says whether weights are rounded anew first. half: FP16 will hold the scales. The quantized graph is computed
+    literally (no fused kernels). Fewer samples are used where their activations would not fit into `walk.HELD_BYTES`. Raises
+    InputError without samples, NothingToCorrect (so too where the two graphs do not match), MissingBackend without ONNX Runtime.
     """
     if not len(samples):
         raise InputError("bias correction needs calibration samples, and there are none", "give data with --data")
@@ -134,7 +134,8 @@ def bias_correct(
     rest: str = "fp32",
     limit: int = DEFAULT_SAMPLES,
 ) -> Artifact:
-    """`to_int8` with its biases, and its weight scales, corrected on `samples`, unsaved: quantized once to measure, then again with the corrections.
+    """`to_int8` with its biases, and its weight scales, corrected on `samples`, unsaved: quantized once to measure, then again with
+    the corrections.
 
     rest 'fp16' (TensorRT's layout only): as `to_int8_fp16`. The samples must be calibration samples, never those that judge.
     Raises as `to_int8` and `corrections` do.
