@@ -78,9 +78,7 @@ def corrections(
             "leave --bias-correct, --scale-correct and --rounding gptq out: they have nothing to work on here",
         )
     count = affordable(graph.model, min(limit, len(samples)))
-    fixed = samples.signature.fixed_batch  # such a graph takes whole batches: the last sample counts again
-    chosen = samples.take(range(count), samples.role).batches(fixed or _BATCH, pad=fixed is not None)
-    feeds = [dict(batch) for batch, _ in chosen]
+    feeds = _feeds(samples, count)
     report_progress("bias correction", 0.0)
     scaled = scaled_by_channel(model, wanted) if options.scale_correct else frozenset()
     exact = float_moments(graph, wanted, feeds, threads)
@@ -107,11 +105,15 @@ def corrections(
         if name in scaled:
             gains[name] = gain
         for values in live:
-            rank = values[cut.result].ndim
-            values[cut.result] = values[cut.result] * channel_moments.along(gain, rank) + channel_moments.along(
-                deltas[name], rank
-            )
+            values[cut.result] = channel_moments.moved(values[cut.result], gain, deltas[name])
     return Corrections(digest, layout, deltas, count, integers, gains)
+
+
+def _feeds(samples: Samples, count: int) -> list[Arrays]:
+    """The first `count` samples in batches; a graph with a fixed batch takes whole ones: the last sample counts again."""
+    fixed = samples.signature.fixed_batch
+    chosen = samples.take(range(count), samples.role).batches(fixed or _BATCH, pad=fixed is not None)
+    return [dict(batch) for batch, _ in chosen]
 
 
 def towards(

@@ -97,9 +97,10 @@ def of_arrays(arrays: Iterable[NDArray[Any]]) -> Moments:
     return _together(parts)
 
 
-def along(values: NDArray[Any], rank: int) -> NDArray[Any]:
-    """Values of each channel in a shape that broadcasts over [n, channels, ...]."""
-    return values.reshape(1, -1, *[1] * (rank - 2))
+def moved(array: NDArray[Any], gain: NDArray[np.float32], delta: NDArray[np.float32]) -> NDArray[Any]:
+    """array * gain + delta, of [n, channels, ...] and a value for each channel."""
+    shape = (1, -1, *[1] * (array.ndim - 2))
+    return array * gain.reshape(shape) + delta.reshape(shape)
 
 
 def _reduced(graph: FloatGraph, source: str, name: str, axes: list[int]) -> Any:

@@ -36,7 +36,7 @@ def noise(
     run literally.
 
     Biases are corrected on the first CORRECTED_ON samples: without, the methods come in another order (EfficientNet-Lite0: mse
-    before percentile, 18.2 and 17.8 dB, and with correction 21.6 and 23.0). Raises as `to_int8` does, and InputError where no
+    before percentile, 18.2 and 17.8 dB, and with their biases alone corrected 21.6 and 23.0). Raises as `to_int8` does, and InputError where no
     output is a float, or one changes its shape (boxes that are kept or dropped).
     """
     graph, _ = normal_form.load(path)
