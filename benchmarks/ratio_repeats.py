@@ -1,11 +1,11 @@
 """Do ratios repeat? The same rows measured several times by `deploykit bench`, each time from new processes.
 
-    python benchmarks/ratio_repeats.py [--times 10] [--duration standard]
+    python benchmarks/ratio_repeats.py [--times 10] [--duration standard] [--threads 2] [--reference torch]
 
-ResNet-18 at 224x224, batch 1: PyTorch eager FP32 (the reference), OpenVINO FP32 and INT8. Goal: each speed-up
-within 2 % of the median of all of them. The reference's own throughput stands beside, to show what the machine did meanwhile:
-the ratios are worth having where they repeat better than it does. The report's own 95 % interval should hold the median of
-the repeats about as often as it says.
+ResNet-18 at 224x224, batch 1: OpenVINO FP32 and INT8 over PyTorch eager FP32, or (`--reference onnxruntime`) over ONNX Runtime FP32
+from the exported .onnx. Goal: each speed-up within 2 % of the median of all of them. The reference's own throughput stands beside,
+to show what the machine did meanwhile: the ratios are worth having where they repeat better than it does. The report's own 95 %
+interval should hold the median of the repeats about as often as it says.
 """
 
 from __future__ import annotations
@@ -27,11 +27,22 @@ GOAL = 0.02
 ROWS = (("openvino", "fp32"), ("openvino", "int8"))
 
 
-def once(store: Path, report: Path, duration: str) -> dict[str, Any]:
+def source(reference: str, folder: Path) -> list[str]:
+    """What is measured: the PyTorch model, or the same as an .onnx, which has no PyTorch row."""
+    model = ["resnet18", "--weights", "none"]
+    if reference == "torch":
+        return model
+    path = folder / "resnet18.onnx"
+    subprocess.run([sys.executable, "-m", "deploykit", "export", *model, "-o", str(path)], check=True, capture_output=True)
+    return [str(path)]
+
+
+def once(model: list[str], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One report's rows by backend and precision."""
-    command = [sys.executable, "-m", "deploykit", "bench", "resnet18", "--weights", "none", "--data", "random:64", "--batch", "1"]
-    command += ["--backend", "torch,openvino", "--precision", "fp32,int8"]
-    command += ["--duration", duration, "--store", str(store), "--json", str(report)]
+    report = folder / "report.json"
+    command = [sys.executable, "-m", "deploykit", "bench", *model, "--data", "random:64", "--batch", "1"]
+    command += ["--backend", f"{options.reference},openvino", "--precision", "fp32,int8", "--threads", str(options.threads)]
+    command += ["--duration", options.duration, "--store", str(folder / "store"), "--json", str(report)]
     subprocess.run(command, check=True, capture_output=True)
     rows = json.loads(report.read_text())["rows"]
     return {f"{r['backend']} {r['precision']}": r for r in rows if r["status"] == "ok"}
@@ -48,23 +59,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--duration", default="standard")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "ratio_repeats.json")
+    parser.add_argument("--threads", type=int, default=machine.threads())
+    parser.add_argument("--reference", choices=("torch", "onnxruntime"), default="torch")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    mode = "" if options.reference == "torch" else f"_{options.reference}_{options.threads}_threads"
+    kept = options.json or Path(__file__).parent / "results" / f"ratio_repeats{mode}.json"
     taken: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = source(options.reference, folder)
         for _ in range(options.times):
-            rows = once(Path(name) / "store", Path(name) / "report.json", options.duration)
+            rows = once(model, folder, options)
             found: dict[str, Any] = {
                 row: {key: rows[row][key] for key in ("speedup", "speedup_low", "speedup_high")}
                 for row in (f"{backend} {precision}" for backend, precision in ROWS)
             }
-            taken.append({"rows": found, "reference": rows["torch fp32"]["images_per_s"], "load": os.getloadavg()[0]})
+            taken.append(
+                {"rows": found, "reference": rows[f"{options.reference} fp32"]["images_per_s"], "load": os.getloadavg()[0]}
+            )
             print({row: round(ratio["speedup"], 3) for row, ratio in found.items()}, file=sys.stderr, flush=True)
     doc: dict[str, Any] = {
         "benchmark": "ratio_repeats",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine.describe(),
         "duration": options.duration,
+        "reference": f"{options.reference} fp32",
+        "threads": options.threads,
         "goal": GOAL,
         "reference_spread": spread([t["reference"] for t in taken]),
         "rows": {},
@@ -80,8 +101,8 @@ def main() -> int:
             f"{held} of {len(ratios)} intervals hold the median"
         )
     print(f"the reference's own throughput: within {doc['reference_spread']:.1%}")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(doc, indent=1) + "\n")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(doc, indent=1) + "\n")
     return 0 if all(row["spread"] <= GOAL for row in doc["rows"].values()) else 1
 
 
