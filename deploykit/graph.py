@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deploykit.artifact import write_atomically
 from deploykit.errors import ModelError
@@ -147,6 +147,13 @@ def signature(model: onnx.ModelProto) -> Signature:
     inputs = tuple(spec(v, is_input=True) for v in model.graph.input if v.name not in stored)
     outputs = tuple(spec(v, is_input=False) for v in model.graph.output)
     return Signature(*with_one_batch(inputs, outputs))
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, or `default` where the node does not have it."""
+    import onnx
+
+    return next((onnx.helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)
 
 
 def digest(model: onnx.ModelProto) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.graph import attribute
+
 if TYPE_CHECKING:
     import onnx
 
@@ -53,7 +55,7 @@ class _Writer:
         if any(name not in self._constants for name in (inputs[1], inputs[4])):
             return None
         label = node.name or node.output[0]
-        axis = 0 if node.op_type == "QLinearConv" or (gemm and _attribute(node, "transB", 0)) else 1
+        axis = 0 if node.op_type == "QLinearConv" or (gemm and attribute(node, "transB", 0)) else 1
         made = [
             self._dequantize(inputs[0], inputs[1], inputs[2], f"{label}_data", None),
             self._dequantize(inputs[3], inputs[4], inputs[5], f"{label}_weight", axis),
@@ -109,9 +111,3 @@ class _Writer:
             name = f"{wanted}_{count}"
         self._names.add(name)
         return name
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    import onnx
-
-    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)

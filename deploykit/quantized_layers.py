@@ -10,91 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit import constant_folding, qoperator
 from deploykit import graph as graphs
-from deploykit import qoperator
+from deploykit.graph import attribute
+from deploykit.layer import BARE, Layer, Pair, Point
 
 if TYPE_CHECKING:
     import onnx
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "HardSwish"})
-BARE = "bare"  # before any activation function
 _ON_CONSTANTS = frozenset(
     {"Constant", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten", "Mul", "Div", "Sub", "Add"}
 )
 SCALE_CORRECTED = "deploykit.scale_corrected"  # metadata of a graph whose weight scales hold gains
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The parameters of a Q/DQ pair: x is kept as clip(round(x / scale) + zero, low, high). scale, zero: [] or [channels]
-    along `axis`; dtype: the integers' numpy name."""
-
-    scale: NDArray[Any]
-    zero: NDArray[Any]
-    dtype: str
-    axis: int | None = None
-
-    @property
-    def levels(self) -> tuple[int, int]:
-        """The lowest and the highest integer."""
-        info = np.iinfo(self.dtype)
-        return int(info.min), int(info.max)
-
-    @property
-    def reach(self) -> tuple[float, float]:
-        """The lowest and highest value that a per-tensor pair can hold."""
-        low, high = self.levels
-        scale, zero = float(self.scale.reshape(-1)[0]), float(self.zero.reshape(-1)[0])
-        return (low - zero) * scale, (high - zero) * scale
-
-    @property
-    def per_tensor(self) -> bool:
-        """Whether one scale serves all values."""
-        return bool(self.scale.size == 1)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One place where a layer's result can be read: `kind` is 'bare' or the activation function applied; `names` are all
-    names it goes by (the float tensor and the dequantized one that stands in for it); `read` the one to read."""
-
-    kind: str
-    names: tuple[str, ...]
-    read: str
-    pair: Pair | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One Conv, ConvTranspose, Gemm or MatMul. data: the float tensor it reads; weight: its float (or dequantized) weight
-    where that is constant; points: where its result can be read, in graph order; norms: batch normalizations in between; scaled:
-    whether the channels of its weight may have gains (the graph says that its scales were corrected)."""
-
-    index: int
-    name: str
-    op: str
-    data: str
-    data_pair: Pair | None
-    weight: NDArray[Any] | None
-    weight_pair: Pair | None
-    second_pair: Pair | None
-    bias: NDArray[Any] | None
-    axis: int
-    points: tuple[Point, ...]
-    norms: tuple[int, ...]
-    scaled: bool = False
-
-    @property
-    def quantized(self) -> bool:
-        """Whether its input or its weight goes through integers."""
-        return self.data_pair is not None or self.weight_pair is not None
-
-    @property
-    def bare(self) -> Point:
-        """Its result before any activation function, normalization folded."""
-        return [point for point in self.points if point.kind == BARE][-1]
 
 
 @dataclass
@@ -139,8 +69,8 @@ class View:
         if any(found is None for found in inputs.values()):
             return None
         if node.op_type in (_QUANTIZE, _DEQUANTIZE):
-            return _rounded(node, [None if not i else inputs[i] for i in node.input])
-        return _computed(node, inputs, self.model)
+            return constant_folding.rounded(node, [None if not i else inputs[i] for i in node.input])
+        return constant_folding.computed(node, inputs, self.model)
 
     def stand_in(self, name: str) -> tuple[str, Pair | None]:
         """The tensor that readers of `name` really see: the dequantized one where only Quantize nodes read it."""
@@ -171,7 +101,7 @@ class View:
         zero = self.value(node.input[2]) if named else np.zeros(scale.shape, np.uint8)
         if zero is None or zero.dtype.kind not in "iu":
             return None
-        axis = int(_attribute(node, "axis", 1)) if scale.size > 1 else None
+        axis = int(attribute(node, "axis", 1)) if scale.size > 1 else None
         return Pair(scale, zero, zero.dtype.name, axis)
 
 
@@ -226,7 +156,7 @@ def _out_axis(node: onnx.NodeProto, rank: int) -> int:
     if node.op_type == "ConvTranspose":
         return 1
     if node.op_type == "Gemm":
-        return 0 if _attribute(node, "transB", 0) else 1
+        return 0 if attribute(node, "transB", 0) else 1
     return rank - 1
 
 
@@ -261,52 +191,3 @@ def _points(view: View, name: str) -> tuple[tuple[Point, ...], tuple[int, ...]]:
         elif node.op_type != "Add" or all(view.value(other) is None for other in node.input if other != read):
             return tuple(found), tuple(norms)
         name = str(node.output[0])
-
-
-def _rounded(node: onnx.NodeProto, inputs: list[NDArray[Any] | None]) -> NDArray[Any] | None:
-    """QuantizeLinear or DequantizeLinear of a constant, to integers; None for blocks and for 8-bit floats."""
-    value, scale, *rest = inputs
-    if value is None or scale is None or _attribute(node, "block_size", 0):
-        return None
-    zero = rest[0] if rest and rest[0] is not None else np.zeros(scale.shape, np.uint8)
-    if scale.size > 1:
-        shape = [1] * value.ndim
-        shape[int(_attribute(node, "axis", 1))] = -1
-        scale, zero = scale.reshape(shape), zero.reshape(shape)
-    else:
-        scale, zero = scale.reshape(()), zero.reshape(())
-    if node.op_type == _DEQUANTIZE:
-        if value.dtype.kind not in "iu":
-            return None
-        return np.asarray((value.astype(np.float64) - (zero.astype(np.float64) if rest else 0.0)) * scale, np.float32)
-    if zero.dtype.kind not in "iu":
-        return None
-    info = np.iinfo(zero.dtype)
-    return np.asarray(np.clip(np.rint(value / scale) + zero, info.min, info.max), zero.dtype)
-
-
-def _computed(node: onnx.NodeProto, inputs: dict[str, Any], model: onnx.ModelProto) -> NDArray[Any] | None:
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    info = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.asarray(value).dtype), None)
-        for name, value in inputs.items()
-    ]
-    out = [onnx.helper.make_empty_tensor_value_info(node.output[0])]
-    body = onnx.helper.make_graph([node], "constant", info, out)
-    opsets = list(model.opset_import)
-    alone = onnx.helper.make_model(body, opset_imports=opsets, ir_version=10)
-    try:
-        return np.asarray(next(iter(ReferenceEvaluator(alone).run(None, inputs))))
-    except Exception:  # the evaluator raises whatever an operator it half knows raises: then the value is not known
-        return None
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    import onnx
-
-    for found in node.attribute:
-        if found.name == name:
-            return onnx.helper.get_attribute_value(found)
-    return default

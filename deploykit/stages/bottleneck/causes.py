@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploykit.kernel_profile import Kernel, KernelProfile
-from deploykit.quantized_layers import BARE, Layer, View
+from deploykit.layer import BARE, Layer
+from deploykit.quantized_layers import View
 
 _WIDE = frozenset({"int16", "uint16"})
 _LEAST_SHARE = 0.01  # findings below one hundredth of the time are left out

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.graph import attribute
 from deploykit.stages.checks.codes import MODEL, Hit
-from deploykit.stages.checks.context import Graph, Shape, attribute, label
+from deploykit.stages.checks.context import Graph, Shape, label
 from deploykit.stages.checks.runs import Report
 from deploykit.stages.checks.structure import inference_error
 

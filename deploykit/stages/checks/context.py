@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deploykit import graph as onnx_graph
 from deploykit.errors import ModelError
+from deploykit.graph import attribute
 from deploykit.signature import ShapeRange, Signature
 
 if TYPE_CHECKING:
@@ -28,16 +29,6 @@ def label(node: onnx.NodeProto) -> str:
     if node.name:
         return node.name
     return f"{node.op_type} -> {next((o for o in node.output if o), '?')}"
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of a node's attribute, or the default."""
-    import onnx
-
-    for found in node.attribute:
-        if found.name == name:
-            return onnx.helper.get_attribute_value(found)
-    return default
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

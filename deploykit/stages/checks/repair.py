@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.graph import attribute
 from deploykit.stages.checks import weights
-from deploykit.stages.checks.context import Array, Graph, attribute, label
+from deploykit.stages.checks.context import Array, Graph, label
 from deploykit.stages.checks.tensorrt import quantized_type
 
 if TYPE_CHECKING:

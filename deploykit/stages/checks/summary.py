@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploykit.graph import attribute
 from deploykit.signature import ShapeRange, Signature
-from deploykit.stages.checks.context import Graph, Shape, attribute, subgraphs
+from deploykit.stages.checks.context import Graph, Shape, subgraphs
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.graph import attribute
 from deploykit.stages.checks.codes import Hit
-from deploykit.stages.checks.context import Array, Graph, attribute, label
+from deploykit.stages.checks.context import Array, Graph, label
 from deploykit.stages.checks.quantized import DYNAMIC, INTEGER_OPS
 from deploykit.stages.checks.weights import WEIGHTED, channel_axis
 

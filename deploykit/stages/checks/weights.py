@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deploykit.graph import attribute
 from deploykit.stages.checks.codes import MODEL, Hit
-from deploykit.stages.checks.context import Array, Graph, attribute, label
+from deploykit.stages.checks.context import Array, Graph, label
 
 FP16_MAX = 65504.0
 FP16_TINY = 6e-8  # the smallest subnormal is 5.96e-8

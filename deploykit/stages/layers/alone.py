@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import ModelError
-from deploykit.quantized_layers import Layer, Pair, Point, View
+from deploykit.layer import Layer, Pair, Point
+from deploykit.quantized_layers import View
 from deploykit.stages.layers.match import Match
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from deploykit import graph as graphs
 from deploykit import quantized_layers
 from deploykit.children import available_threads
 from deploykit.errors import DataError, InputError
-from deploykit.quantized_layers import Layer, View
+from deploykit.layer import Layer
+from deploykit.quantized_layers import View
 from deploykit.samples import Samples
 from deploykit.stages.layers import alone, own, reasons
 from deploykit.stages.layers.match import Match, matches

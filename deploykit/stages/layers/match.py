@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from deploykit.quantized_layers import BARE, Layer, Point, View
+from deploykit.layer import BARE, Layer, Point
+from deploykit.quantized_layers import View
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.quantized_layers import Layer, Pair
+from deploykit.layer import Layer, Pair
 from deploykit.stages.layers.statistics import Rounding, Spread, decibels
 
 OUTLIER = 6.0  # the range over the 99.9th percentile of magnitudes: from here on 99.9 % have fewer than 43 of 256 levels

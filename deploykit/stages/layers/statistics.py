@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.histogram import BINS, Observation
-from deploykit.quantized_layers import Pair
+from deploykit.layer import Pair
 
 
 def decibels(signal: float, noise: float) -> float | None:

@@ -22,6 +22,7 @@ from deploykit import graph as graphs
 from deploykit.artifact import Artifact
 from deploykit.children import report_progress
 from deploykit.errors import InputError, ModelError
+from deploykit.graph import attribute
 from deploykit.samples import Samples
 from deploykit.stages.precision import channel_moments, normal_form, rounding, scales
 from deploykit.stages.precision.channel_moments import Moments
@@ -30,7 +31,7 @@ from deploykit.stages.precision.fp16 import to_int8_fp16
 from deploykit.stages.precision.int8 import quantized, to_int8, write
 from deploykit.stages.precision.options import Int8Options
 from deploykit.stages.precision.plan import gemm_bias_fits
-from deploykit.stages.precision.view import FloatGraph, attribute
+from deploykit.stages.precision.view import FloatGraph
 from deploykit.stages.precision.walk import Arrays, advance, affordable, cuts
 
 if TYPE_CHECKING:

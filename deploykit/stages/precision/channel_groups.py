@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deploykit.stages.precision.view import FloatGraph, attribute
+from deploykit.graph import attribute
+from deploykit.stages.precision.view import FloatGraph
 
 _PASSES = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity", "Dropout", "Add", "Clip"})
 _FLATTENING = frozenset({"Flatten", "Reshape", "Squeeze"})

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import StaleCalibration
-from deploykit.stages.precision.view import FloatGraph, attribute, set_attribute, tensor
+from deploykit.graph import attribute
+from deploykit.stages.precision.view import FloatGraph, set_attribute, tensor
 
 Rounded = tuple[NDArray[np.int8], NDArray[np.float32]]
 

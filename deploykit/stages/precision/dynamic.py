@@ -11,9 +11,10 @@ import numpy as np
 from deploykit import graph as graphs
 from deploykit.artifact import Artifact, Json
 from deploykit.errors import BackendFailed, InputError, MissingBackend
+from deploykit.graph import attribute
 from deploykit.stages.precision import normal_form
 from deploykit.stages.precision.int8 import write
-from deploykit.stages.precision.view import FloatGraph, attribute, tensor
+from deploykit.stages.precision.view import FloatGraph, tensor
 
 _WHY_NOT_CONV = (
     "convolutions are left in float: ONNX Runtime's ConvInteger made ResNet-18 slower than FP32 (15.4 against 10.4 ms on 2 cores)"

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from deploykit.artifact import Artifact, Json
 from deploykit.children import report_progress
 from deploykit.errors import InputError
+from deploykit.graph import attribute
 from deploykit.samples import Samples
 from deploykit.stages.precision import channel_groups, normal_form
 from deploykit.stages.precision.channel_groups import Group
 from deploykit.stages.precision.int8 import write
 from deploykit.stages.precision.plan import fused_tail
-from deploykit.stages.precision.view import FloatGraph, attribute, tensor
+from deploykit.stages.precision.view import FloatGraph, tensor
 from deploykit.stages.precision.walk import open_session
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

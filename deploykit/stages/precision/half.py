@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifact import Json
-from deploykit.stages.precision.view import FloatGraph, attribute, bodies, tensor
+from deploykit.graph import attribute
+from deploykit.stages.precision.view import FloatGraph, bodies, tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.graph import attribute
 from deploykit.stages.precision import scales
 from deploykit.stages.precision.options import Int8Options
 from deploykit.stages.precision.plan import Plan
 from deploykit.stages.precision.scales import ActivationScale
-from deploykit.stages.precision.view import FloatGraph, attribute, set_attribute, tensor
+from deploykit.stages.precision.view import FloatGraph, set_attribute, tensor
 
 if TYPE_CHECKING:
     import onnx

@@ -10,7 +10,8 @@ import numpy as np
 from deploykit import graph as graphs
 from deploykit import observation
 from deploykit.errors import ModelError
-from deploykit.stages.precision.view import FloatGraph, attribute, bodies, tensor
+from deploykit.graph import attribute
+from deploykit.stages.precision.view import FloatGraph, bodies, tensor
 
 if TYPE_CHECKING:
     import onnx

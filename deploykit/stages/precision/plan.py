@@ -12,7 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from deploykit.stages.precision.view import Edge, FloatGraph, attribute, bodies
+from deploykit.graph import attribute
+from deploykit.stages.precision.view import Edge, FloatGraph, bodies
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 

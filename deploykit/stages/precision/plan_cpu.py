@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from deploykit.graph import attribute
 from deploykit.stages.precision.plan import WEIGHTED, Plan, Ranges, fused_tail, gemm_bias_fits, spatially_nearest, why_float
-from deploykit.stages.precision.view import FloatGraph, attribute
+from deploykit.stages.precision.view import FloatGraph
 
 # Operators of ONNX Runtime's QDQ selectors (core/optimizer/qdq_transformer) with a CPU kernel of their own scales.
 _OWN_SCALE = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat", "LeakyRelu", "Sigmoid"})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.stages.precision.view import attribute
+from deploykit.graph import attribute
 
 if TYPE_CHECKING:
     import onnx

@@ -118,16 +118,6 @@ def _all_names(graph: onnx.GraphProto) -> Iterator[str]:
             yield from _all_names(body)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute's value, or `default` where the node does not have it."""
-    import onnx
-
-    for found in node.attribute:
-        if found.name == name:
-            return onnx.helper.get_attribute_value(found)
-    return default
-
-
 def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
     """Gives an attribute another value, in place."""
     import onnx

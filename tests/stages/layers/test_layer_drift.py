@@ -13,6 +13,7 @@ from quantizable_models import ZOO, const, conv, feeds_for, model, node, residua
 from deploykit import data, qoperator, quantized_layers
 from deploykit import graph as graphs
 from deploykit.errors import DataError, InputError
+from deploykit.layer import Pair
 from deploykit.samples import Samples
 from deploykit.stages import layers
 from deploykit.stages.layers import LayerDrift, LayerReport, reasons
@@ -342,7 +343,7 @@ def test_fine_rounding_that_later_layers_enlarge() -> None:
 
 
 def test_a_pair_s_reach_and_levels() -> None:
-    pair = quantized_layers.Pair(np.array(0.5, np.float32), np.array(128, np.uint8), "uint8")
+    pair = Pair(np.array(0.5, np.float32), np.array(128, np.uint8), "uint8")
     assert pair.levels == (0, 255)
     assert pair.reach == (-64.0, 63.5)
     assert pair.per_tensor
