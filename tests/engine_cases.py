@@ -157,13 +157,20 @@ def calibration(signature: Signature, n: int = 32) -> Samples:
     return Samples("random", "seeds", _SeedReader(signature), signature, None, tuple(range(n)), role="calibrate")
 
 
-def engine(backend: Backend, fp32: Artifact, precision: str, folder: Path, base: Artifact | None = None) -> Artifact:
+def engine(
+    backend: Backend,
+    fp32: Artifact,
+    precision: str,
+    folder: Path,
+    base: Artifact | None = None,
+    batches: tuple[int, ...] = (1, 8),
+) -> Artifact:
     """The backend's engine with its manifest, in a folder of its own; made of `base` (its FP32 engine) where that is given."""
     out = folder / f"{fp32.path.stem}-{backend.name}-{precision}"
     out.mkdir()
     kind = backend.graph(precision)
     samples = calibration(fp32.signature) if kind == "source-calibrated" else None
-    request = BuildRequest(precision, backend.targets()[0], calibration=samples)
+    request = BuildRequest(precision, backend.targets()[0], batches, calibration=samples)
     return backend.build(base or graph_of(kind, fp32, folder), request, out).save()
 
 

@@ -82,7 +82,8 @@ class TorchEager:
             step, notes = autocast(step), ("autocast to BF16, weights kept in FP32",)
         elif request.precision == "int8-dynamic":
             step, notes = _quantized(source.module)
-        return torch_source.TorchSession(step, source, engine.signature, request, request.precision, (*notes, *laid_out))
+        names = source.output_names
+        return torch_source.TorchSession(step, names, engine.signature, request, request.precision, (*notes, *laid_out))
 
 
 def autocast(step: Callable[..., Any]) -> Callable[..., Any]:

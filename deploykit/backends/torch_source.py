@@ -60,7 +60,7 @@ def load(engine: Artifact) -> LoadedSource:
 
     Raises ModelError for a file that describes none, and what the source stage raises.
     """
-    loaded: LoadedSource = importlib.import_module(LOADER).load(_spec(engine.path))
+    loaded: LoadedSource = importlib.import_module(LOADER).load(spec_in(engine.path))
     known = {s.name for s in loaded.signature.outputs}
     wanted = [s.name for s in engine.signature.outputs]
     if not set(wanted) <= known:
@@ -116,7 +116,8 @@ def at_shapes(example: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[in
     return result
 
 
-def _spec(path: Path) -> SourceSpec:
+def spec_in(path: Path) -> SourceSpec:
+    """The source that an engine's description or a .pt2 names. Raises ModelError where it is none."""
     if path.suffix == ".pt2":
         return source_spec.parse(str(path))
     try:
@@ -130,7 +131,7 @@ def copy(artifact: Artifact, request: BuildRequest, folder: Path, stage: str, ve
     """The engine of a PyTorch row: the source's description (or the .pt2), copied into `folder` once it has been read."""
     if artifact.format not in ("source", "pt2"):
         raise ModelError(f"{artifact.path.name} is {artifact.format}, and this backend runs PyTorch models", "give the source")
-    _spec(artifact.path)
+    spec_in(artifact.path)
     path = folder / artifact.path.name
     shutil.copyfile(artifact.path, path)
     return Artifact(
@@ -152,7 +153,7 @@ class TorchSession:
     def __init__(
         self,
         step: Callable[..., Any],
-        source: LoadedSource,
+        output_names: tuple[str, ...],
         signature: Signature,
         request: OpenRequest,
         precision: str,
@@ -166,7 +167,7 @@ class TorchSession:
         self._step: Callable[..., Any] | None = step
         self._request = request
         self._static = static
-        self._given = source.output_names
+        self._given = output_names
         self.signature = signature
         self.precision = precision
         self.device = "cpu"

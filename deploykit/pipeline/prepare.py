@@ -315,6 +315,7 @@ def engine(
 
 def build_engine(backend_name: str, graph: Artifact, request: BuildRequest, folder: Path) -> Artifact:
     """What the backend builds; runs in a child process. Native code rarely says that the disk is full: it is asked here."""
+    graph = replace(graph, facts={k: v for k, v in graph.facts.items() if k != "build_s"})  # that is how long the graph took
     try:
         return backends.get(backend_name).build(graph, request, folder)
     except BackendFailed as exc:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import engine_cases as cases
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploykit import artifact as artifacts
 from deploykit import backends, machine
 from deploykit.artifact import Artifact
 from deploykit.backends import torch_compile, torch_eager, torch_source
@@ -100,15 +103,60 @@ def test_an_exported_program_runs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(EAGER.open(engine, OpenRequest("fp32", 3, 1)).infer({"x": x})["logits"], x * 2)
 
 
-@pytest.mark.skipif(COMPILED.missing() is not None, reason=f"torch.compile: {COMPILED.missing()}")
-def test_a_compiled_model_gives_the_models_outputs_at_its_batch_only(tmp_path: Path) -> None:
-    fp32 = cases.model("conv_net", tmp_path)
-    session = COMPILED.open(cases.engine(COMPILED, fp32, "fp32", tmp_path), OpenRequest("fp32", 2, 1))
-    inputs = cases.feeds(fp32.signature, 2)
-    wanted = cases.expected(COMPILED, "fp32", fp32, tmp_path, inputs)["logits"]
-    assert cases.distance(session.infer(inputs)["logits"], wanted) < 1e-5
-    with pytest.raises(InputError, match="opened at 2"):
-        session.infer(cases.feeds(fp32.signature, 3))
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A compiled engine for batch 2: each takes ten seconds."""
+    if (missing := COMPILED.missing()) is not None:
+        pytest.skip(f"torch.compile: {missing}")
+    folder = tmp_path_factory.mktemp("compiled")
+    return cases.engine(COMPILED, cases.model("conv_net", folder), "fp32", folder, batches=(2,))
+
+
+def _compiles(*_: object) -> None:
+    raise BackendFailed("compiling now")
+
+
+def test_a_compiled_model_gives_the_models_outputs_at_its_batch_only(
+    compiled: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_source, "load", _compiles)  # a package needs no source
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for threads in (1, 2):
+        session = COMPILED.open(artifacts.load(compiled.path), OpenRequest("fp32", 2, threads))
+        assert session.threads == threads == torch.get_num_threads()
+        inputs = cases.feeds(compiled.signature, 2)
+        wanted = cases.expected(COMPILED, "fp32", cases.model("conv_net", tmp_path), tmp_path, inputs)["logits"]
+        assert cases.distance(session.infer(inputs)["logits"], wanted) < 1e-5
+        with pytest.raises(InputError, match="opened at 2"):
+            session.infer(cases.feeds(compiled.signature, 3))
+    assert not [path for path in tmp_path.iterdir() if "inductor" in path.name or path.name.startswith("deploykit-")]
+
+
+def test_what_no_package_was_compiled_for_is_compiled_when_opened(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compile, "_compile", _compiles)
+    fits = OpenRequest("fp32", 2, 1)
+    COMPILED.open(compiled, fits)
+    for engine, request in (
+        (compiled, replace(fits, batch=1)),
+        (compiled, replace(fits, precision="bf16")),
+        (compiled, replace(fits, options={"layout": "channels-last"})),
+        (replace(compiled, versions={"torch": "1.0"}), fits),
+        (replace(compiled, facts={**compiled.facts, "cpu_features": ["avx1024"]}), fits),
+    ):
+        with pytest.raises(BackendFailed, match="compiling now"):
+            COMPILED.open(engine, request)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    COMPILED.open(compiled, fits)  # no compiler is needed
+    with pytest.raises(MissingBackend, match="compiler"):
+        COMPILED.open(compiled, replace(fits, batch=1))
+
+
+def test_a_sweeps_batches_are_not_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_compile, "_compile", _compiles)
+    engine = cases.engine(COMPILED, cases.model("conv_net", tmp_path), "fp32", tmp_path, batches=(1, 2, 4, 8, 16))
+    assert not engine.companions
+    assert not engine.facts.get("packages")
 
 
 def test_compiling_needs_a_compiler_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_what_is_expected_grows_with_rows_and_lies_around_the_time_asked_for() -
     assert bench.expected_s([1.0] * 8, span) == (2 * low, 2 * high)
 
 
-def test_a_backend_that_compiles_when_it_opens_takes_longer() -> None:
+def test_a_backend_that_opens_slowly_takes_longer() -> None:
     span = bench.duration("quick")
-    slow = bench.expected_s([backends.opening_s("torch-compile")], span)
-    assert slow[0] > bench.expected_s([backends.opening_s(ORT)], span)[0] + span.launches * 5
+    slow = bench.expected_s([backends.opening_s("torch")], span)
+    assert slow[0] > bench.expected_s([backends.opening_s(ORT)], span)[0] + span.launches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from deploykit import artifact as artifacts
 from deploykit import backends, children
 from deploykit.errors import InputError
-from deploykit.pipeline import source_builds
+from deploykit.pipeline import prepare, source_builds
 from deploykit.pipeline.request import DataRequest, Silent, SourceRequest
 from deploykit.session import BuildRequest, OpenRequest
 
@@ -51,6 +52,14 @@ def test_a_backend_of_graphs_gets_the_export(source: SourceRequest, tmp_path: Pa
     assert engine.options["model"] == "conv_net_factory" and engine.precision == "int8"
     plain = _built(source, "torch", BuildRequest("fp32", batches=(1, 2)), tmp_path / "other")
     assert cases.distance(_outputs(engine, 2), _outputs(plain, 2)) <= cases.OWN_INT8_TOLERANCE
+
+
+@needs_torch
+def test_an_engines_time_is_its_own_not_its_graphs(tmp_path: Path) -> None:
+    source = cases.graph_of("source", cases.model("conv_net", tmp_path), tmp_path)
+    hasty = replace(source, facts={**source.facts, "build_s": 99.0})
+    (tmp_path / "out").mkdir()
+    assert "build_s" not in prepare.build_engine("torch", hasty, BuildRequest("fp32"), tmp_path / "out").facts
 
 
 @needs_torch

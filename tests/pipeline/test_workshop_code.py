@@ -13,7 +13,7 @@ from deploykit.pipeline.workshop import PACKAGE, backend_code, stage_files
     [
         ("executorch", {"executorch.py", "executorch_build.py", "executorch_file.py", "torch_source.py", "opened.py"}),
         ("tvm", {"apache_tvm.py", "apache_tvm_session.py", "apache_tvm_tuning.py"}),
-        ("torch-compile", {"torch_compile.py", "torch_eager.py", "torch_source.py"}),
+        ("torch-compile", {"torch_compile.py", "torch_compile_package.py", "torch_eager.py", "torch_source.py"}),
         ("tensorrt-rtx", {"tensorrt_rtx.py", *(f.name for f in (PACKAGE / "trt").glob("*.py"))}),
         ("tensorrt", {"tensorrt_full.py", "runner.py", "builder.py"}),
         ("onnxruntime-cuda", {"onnxruntime_gpu_cuda.py", "onnxruntime_gpu.py"}),
