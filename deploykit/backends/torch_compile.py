@@ -86,12 +86,13 @@ class TorchCompile:
         batches = (fixed,) if fixed is not None else tuple(sorted(set(request.batches)))
         if len(batches) > AHEAD:
             return engine
+        source = torch_source.load(engine)
         packages: dict[str, str] = {}
         for position, batch in enumerate(batches):
             report_progress(f"compiling at batch {batch}", position / len(batches))
             opening = OpenRequest(request.precision, batch, machine.threads(), request.shapes)
             path = folder / f"{engine.path.stem}.batch{batch}.pt2"
-            _compile(engine, opening, path)
+            _compile(source, engine, opening, path)
             packages[_key(engine, opening)] = path.name
         facts = {**engine.facts, "packages": packages, "cpu_features": sorted(machine.features())}
         return replace(engine, facts=facts, companions={**engine.companions, **dict.fromkeys(packages.values(), "")})
@@ -112,11 +113,13 @@ class TorchCompile:
             if (lacking := self.missing()) is not None:
                 raise MissingBackend(f"{NAME} {request.precision}: {lacking.why}", lacking.remedy)
             report_progress(f"compiling at batch {request.batch}", 0.2)
+            source = torch_source.load(engine)
+            notes = (*notes, *torch_source.lay_out(source.module, request), "compiled when it was opened")
             with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
                 made = Path(name) / "engine.pt2"
-                notes = (*notes, *_compile(engine, request, made), "compiled when it was opened")
+                _compile(source, engine, request, made)
                 compiled = torch_compile_package.load(made)
-        report_progress("compiled", 1.0)
+        report_progress("opened", 1.0)
         inputs = tuple(s.name for s in engine.signature.inputs)
         outputs = tuple(s.name for s in engine.signature.outputs)
         return torch_source.TorchSession(
@@ -146,17 +149,14 @@ def _package(engine: Artifact, request: OpenRequest) -> Path | None:
     return engine.path.parent / name if name is not None and fits else None
 
 
-def _compile(engine: Artifact, request: OpenRequest, path: Path) -> tuple[str, ...]:
-    """Loads the source and compiles it into a package at `path`; returns what there is to say of it."""
+def _compile(source: torch_source.LoadedSource, engine: Artifact, request: OpenRequest, path: Path) -> None:
+    """Compiles the source's module for the request's batch and shapes into a package at `path`."""
     import torch
 
-    source = torch_source.load(engine)
-    laid_out = torch_source.lay_out(source.module, request)
     step = torch_source.positional(source, engine.signature)
     shapes = engine.signature.shapes(request.batch, request.shapes)
     inputs = tuple(torch.zeros(shapes[s.name], dtype=getattr(torch, s.dtype)) for s in engine.signature.inputs)
     torch_compile_package.compile_to(path, step, inputs, compiler(), bf16=request.precision == "bf16")
-    return laid_out
 
 
 def compiler() -> str | None:
