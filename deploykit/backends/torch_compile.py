@@ -20,7 +20,7 @@ from deploykit.artifact import Artifact
 from deploykit.backends import installed, opened, torch_compile_package, torch_source
 from deploykit.backends.torch_eager import without_bf16
 from deploykit.children import report_progress
-from deploykit.errors import MissingBackend
+from deploykit.errors import BackendFailed, MissingBackend
 from deploykit.session import LAYOUTS, BuildRequest, Missing, OpenRequest, Session
 
 NAME = "torch-compile"
@@ -79,8 +79,8 @@ class TorchCompile:
         return "source"
 
     def build(self, artifact: Artifact, request: BuildRequest, folder: Path) -> Artifact:
-        """The source's description, and beside it a package for each of up to four batches. Raises BackendFailed when PyTorch
-        cannot compile the model, and what loading the source raises."""
+        """The source's description, and beside it a package for each of up to four batches that PyTorch can make one for.
+        Raises what loading the source raises."""
         engine = torch_source.copy(artifact, request, folder, f"build-{NAME}", self.versions())
         fixed = engine.signature.fixed_batch
         batches = (fixed,) if fixed is not None else tuple(sorted(set(request.batches)))
@@ -92,7 +92,11 @@ class TorchCompile:
             report_progress(f"compiling at batch {batch}", position / len(batches))
             opening = OpenRequest(request.precision, batch, machine.threads(), request.shapes)
             path = folder / f"{engine.path.stem}.batch{batch}.pt2"
-            _compile(source, engine, opening, path)
+            try:
+                _compile(source, engine, opening, path)
+            except BackendFailed:  # not every module can be packaged: `open` tries both ways, and says what it did
+                path.unlink(missing_ok=True)
+                continue
             packages[_key(engine, opening)] = path.name
         facts = {**engine.facts, "packages": packages, "cpu_features": sorted(machine.features())}
         return replace(engine, facts=facts, companions={**engine.companions, **dict.fromkeys(packages.values(), "")})
@@ -115,10 +119,7 @@ class TorchCompile:
             report_progress(f"compiling at batch {request.batch}", 0.2)
             source = torch_source.load(engine)
             notes = (*notes, *torch_source.lay_out(source.module, request), "compiled when it was opened")
-            with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
-                made = Path(name) / "engine.pt2"
-                _compile(source, engine, request, made)
-                compiled = torch_compile_package.load(made)
+            compiled = _now(source, engine, request)
         report_progress("opened", 1.0)
         inputs = tuple(s.name for s in engine.signature.inputs)
         outputs = tuple(s.name for s in engine.signature.outputs)
@@ -149,14 +150,32 @@ def _package(engine: Artifact, request: OpenRequest) -> Path | None:
     return engine.path.parent / name if name is not None and fits else None
 
 
+def _now(source: torch_source.LoadedSource, engine: Artifact, request: OpenRequest) -> Callable[..., Any]:
+    """Compiled in this process: as a package where that was not tried or worked at other shapes, else by `torch.compile`."""
+    if engine.facts.get("packages", {"": ""}):
+        try:
+            with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
+                _compile(source, engine, request, Path(name) / "engine.pt2")
+                return torch_compile_package.load(Path(name) / "engine.pt2")
+        except BackendFailed:
+            report_progress("compiling again, in this process alone", 0.5)
+    step, inputs = _traced(source, engine, request)
+    return torch_compile_package.just_in_time(step, inputs, compiler(), bf16=request.precision == "bf16")
+
+
 def _compile(source: torch_source.LoadedSource, engine: Artifact, request: OpenRequest, path: Path) -> None:
     """Compiles the source's module for the request's batch and shapes into a package at `path`."""
+    step, inputs = _traced(source, engine, request)
+    torch_compile_package.compile_to(path, step, inputs, compiler(), bf16=request.precision == "bf16")
+
+
+def _traced(source: torch_source.LoadedSource, engine: Artifact, request: OpenRequest) -> tuple[Any, tuple[Any, ...]]:
+    """The module with inputs by position, and inputs of the request's shapes."""
     import torch
 
-    step = torch_source.positional(source, engine.signature)
     shapes = engine.signature.shapes(request.batch, request.shapes)
     inputs = tuple(torch.zeros(shapes[s.name], dtype=getattr(torch, s.dtype)) for s in engine.signature.inputs)
-    torch_compile_package.compile_to(path, step, inputs, compiler(), bf16=request.precision == "bf16")
+    return torch_source.positional(source, engine.signature), inputs
 
 
 def compiler() -> str | None:

@@ -33,15 +33,6 @@ def compile_to(path: Path, step: torch.nn.Module, inputs: tuple[torch.Tensor, ..
     import torch
     import torch._inductor.config as inductor
 
-    class Step(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = step
-
-        def forward(self, *tensors: torch.Tensor) -> Any:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                return self.model(*tensors)
-
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".inductor-") as folder:
         settings = {
             "freezing": True,
@@ -51,7 +42,7 @@ def compile_to(path: Path, step: torch.nn.Module, inputs: tuple[torch.Tensor, ..
         }
         try:
             with inductor.patch(settings), torch.no_grad():
-                program = torch.export.export(Step().eval(), inputs, strict=False)
+                program = torch.export.export(_step(step, bf16=bf16), inputs, strict=False)
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         except DeploykitError:
             raise
@@ -59,6 +50,44 @@ def compile_to(path: Path, step: torch.nn.Module, inputs: tuple[torch.Tensor, ..
             raise BackendFailed(
                 f"torch.compile failed: {type(exc).__name__}: {opened.first_line(exc)}", "leave torch-compile out for this model"
             ) from exc
+
+
+def just_in_time(
+    step: torch.nn.Module, inputs: tuple[torch.Tensor, ...], compiler: str | None, *, bf16: bool
+) -> Callable[..., Any]:
+    """`step` by `torch.compile` in this process alone, for what `compile_to` refuses: its graphs may hold what torch.export cannot
+    carry into a package (operators in place, as in Keras's layers). Raises BackendFailed when that fails too."""
+    import torch
+    import torch._inductor.config as inductor
+
+    try:
+        with inductor.patch({"freezing": True, "cpp.cxx": (None, compiler)}), torch.inference_mode():
+            compiled: Callable[..., Any] = torch.compile(_step(step, bf16=bf16), dynamic=False)
+            for _ in range(2):
+                compiled(*inputs)
+    except DeploykitError:
+        raise
+    except Exception as exc:
+        raise BackendFailed(
+            f"torch.compile failed: {type(exc).__name__}: {opened.first_line(exc)}", "leave torch-compile out for this model"
+        ) from exc
+    return compiled
+
+
+def _step(model: torch.nn.Module, *, bf16: bool) -> torch.nn.Module:
+    """`model`, under BF16 autocast where that is asked for."""
+    import torch
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return self.model(*tensors)
+
+    return Step().eval()
 
 
 def load(path: Path) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import torch
 from deploykit import artifact as artifacts
 from deploykit import backends, machine
 from deploykit.artifact import Artifact
-from deploykit.backends import torch_compile, torch_eager, torch_source
+from deploykit.backends import torch_compile, torch_compile_package, torch_eager, torch_source
 from deploykit.errors import BackendFailed, DeploykitError, InputError, MissingBackend, ModelError
 from deploykit.session import BuildRequest, OpenRequest
 from deploykit.signature import Signature, TensorSpec
@@ -134,7 +134,7 @@ def test_a_compiled_model_gives_the_models_outputs_at_its_batch_only(
 
 
 def test_what_no_package_was_compiled_for_is_compiled_when_opened(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_compile, "_compile", _compiles)
+    monkeypatch.setattr(torch_compile, "_now", _compiles)
     fits = OpenRequest("fp32", 2, 1)
     COMPILED.open(compiled, fits)
     for engine, request in (
@@ -150,6 +150,24 @@ def test_what_no_package_was_compiled_for_is_compiled_when_opened(compiled: Arti
     COMPILED.open(compiled, fits)  # no compiler is needed
     with pytest.raises(MissingBackend, match="compiler"):
         COMPILED.open(compiled, replace(fits, batch=1))
+
+
+def test_what_no_package_can_hold_is_compiled_in_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (missing := COMPILED.missing()) is not None:
+        pytest.skip(f"torch.compile: {missing}")
+    monkeypatch.setattr(torch_compile_package, "compile_to", _fails)
+    fp32 = cases.model("conv_net", tmp_path)
+    engine = cases.engine(COMPILED, fp32, "fp32", tmp_path, batches=(2,))
+    assert not engine.companions
+    session = COMPILED.open(engine, OpenRequest("fp32", 2, 1))
+    assert session.notes == ("compiled when it was opened",)
+    inputs = cases.feeds(fp32.signature, 2)
+    wanted = cases.expected(COMPILED, "fp32", fp32, tmp_path, inputs)["logits"]
+    assert cases.distance(session.infer(inputs)["logits"], wanted) < 1e-5
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise BackendFailed("cannot be packaged")
 
 
 def test_a_sweeps_batches_are_not_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
