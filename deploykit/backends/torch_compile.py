@@ -88,17 +88,19 @@ class TorchCompile:
             return engine
         source = torch_source.load(engine)
         packages: dict[str, str] = {}
+        refused = ""
         for position, batch in enumerate(batches):
             report_progress(f"compiling at batch {batch}", position / len(batches))
             opening = OpenRequest(request.precision, batch, machine.threads(), request.shapes)
             path = folder / f"{engine.path.stem}.batch{batch}.pt2"
             try:
                 _compile(source, engine, opening, path)
-            except BackendFailed:  # not every module can be packaged: `open` tries both ways, and says what it did
+            except BackendFailed as exc:  # not every module can be packaged: `open` compiles it, and says why it had to
+                refused = exc.message
                 path.unlink(missing_ok=True)
                 continue
             packages[_key(engine, opening)] = path.name
-        facts = {**engine.facts, "packages": packages, "cpu_features": sorted(machine.features())}
+        facts = {**engine.facts, "packages": packages, "not_packaged": refused, "cpu_features": sorted(machine.features())}
         return replace(engine, facts=facts, companions={**engine.companions, **dict.fromkeys(packages.values(), "")})
 
     def open(self, engine: Artifact, request: OpenRequest) -> Session:
@@ -118,7 +120,8 @@ class TorchCompile:
                 raise MissingBackend(f"{NAME} {request.precision}: {lacking.why}", lacking.remedy)
             report_progress(f"compiling at batch {request.batch}", 0.2)
             source = torch_source.load(engine)
-            notes = (*notes, *torch_source.lay_out(source.module, request), "compiled when it was opened")
+            why = f" (no package: {refused})" if (refused := engine.facts.get("not_packaged")) else ""
+            notes = (*notes, *torch_source.lay_out(source.module, request), f"compiled when it was opened{why}")
             compiled = _now(source, engine, request)
         report_progress("opened", 1.0)
         inputs = tuple(s.name for s in engine.signature.inputs)
@@ -151,8 +154,8 @@ def _package(engine: Artifact, request: OpenRequest) -> Path | None:
 
 
 def _now(source: torch_source.LoadedSource, engine: Artifact, request: OpenRequest) -> Callable[..., Any]:
-    """Compiled in this process: as a package where that was not tried or worked at other shapes, else by `torch.compile`."""
-    if engine.facts.get("packages", {"": ""}):
+    """Compiled in this process: as a package, unless the build could make none, and by `torch.compile` where that fails."""
+    if engine.facts.get("packages") != {}:
         try:
             with tempfile.TemporaryDirectory(prefix="deploykit-") as name:
                 _compile(source, engine, request, Path(name) / "engine.pt2")

@@ -40,16 +40,9 @@ def compile_to(path: Path, step: torch.nn.Module, inputs: tuple[torch.Tensor, ..
             "cpp.cxx": (None, compiler),
             "aot_inductor.output_path": f"{folder}{os.sep}",
         }
-        try:
-            with inductor.patch(settings), torch.no_grad():
-                program = torch.export.export(_step(step, bf16=bf16), inputs, strict=False)
-                torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-        except DeploykitError:
-            raise
-        except Exception as exc:
-            raise BackendFailed(
-                f"torch.compile failed: {type(exc).__name__}: {opened.first_line(exc)}", "leave torch-compile out for this model"
-            ) from exc
+        with _failures(), inductor.patch(settings), torch.no_grad():
+            program = torch.export.export(_step(step, bf16=bf16), inputs, strict=False)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
 def just_in_time(
@@ -60,18 +53,24 @@ def just_in_time(
     import torch
     import torch._inductor.config as inductor
 
+    with _failures(), inductor.patch({"freezing": True, "cpp.cxx": (None, compiler)}), torch.inference_mode():
+        compiled: Callable[..., Any] = torch.compile(_step(step, bf16=bf16), dynamic=False)
+        for _ in range(2):
+            compiled(*inputs)
+    return compiled
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Whatever PyTorch raises while it traces and compiles, as a BackendFailed."""
     try:
-        with inductor.patch({"freezing": True, "cpp.cxx": (None, compiler)}), torch.inference_mode():
-            compiled: Callable[..., Any] = torch.compile(_step(step, bf16=bf16), dynamic=False)
-            for _ in range(2):
-                compiled(*inputs)
+        yield
     except DeploykitError:
         raise
     except Exception as exc:
         raise BackendFailed(
             f"torch.compile failed: {type(exc).__name__}: {opened.first_line(exc)}", "leave torch-compile out for this model"
         ) from exc
-    return compiled
 
 
 def _step(model: torch.nn.Module, *, bf16: bool) -> torch.nn.Module:

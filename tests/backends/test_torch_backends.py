@@ -160,7 +160,7 @@ def test_what_no_package_can_hold_is_compiled_in_the_process(tmp_path: Path, mon
     engine = cases.engine(COMPILED, fp32, "fp32", tmp_path, batches=(2,))
     assert not engine.companions
     session = COMPILED.open(engine, OpenRequest("fp32", 2, 1))
-    assert session.notes == ("compiled when it was opened",)
+    assert session.notes == ("compiled when it was opened (no package: cannot be packaged)",)
     inputs = cases.feeds(fp32.signature, 2)
     wanted = cases.expected(COMPILED, "fp32", fp32, tmp_path, inputs)["logits"]
     assert cases.distance(session.infer(inputs)["logits"], wanted) < 1e-5
